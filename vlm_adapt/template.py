@@ -1,0 +1,256 @@
+"""Chat templates as a handful of strings, and conversations as Sentences.
+
+Knows the words around a turn; knows nothing about token ids, pixels or models. Training, evaluation
+and chat all come through here, so what chat shows the model is a prefix of what training showed it.
+
+    opening  [system]  user_start  CONTENT  user_end  ANSWER end  between  user_start  CONTENT ...
+    |------------ not learned ------------------|  |-- learned --|
+
+A tokenizer's Jinja template is rendered once over marker words and cut at them. Templates that
+rewrite earlier turns when a new one arrives (Qwen3 drops old reasoning) thus cannot break the
+property: a turn is always written the way it was first written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlm_adapt.errors import UserError
+from vlm_adapt.sentence import IMAGE_PLACEHOLDER, Image, Segment, Sentence, State, Text
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The strings around the turns of a conversation.
+
+    Attributes:
+        opening: before everything when no system message is given (may hold a default one).
+        system_start, system_end: around an explicit system message.
+        user_start, user_end: around a user's content; `user_end` opens the answer.
+        end: what closes an answer. It is learned, and generation stops at it.
+        between: after `end`, before the next user's turn.
+        prompt_is_causal: False reads everything before the first answer both ways (prefix-LM).
+    """
+
+    opening: str = ""
+    system_start: str = ""
+    system_end: str = ""
+    user_start: str = ""
+    user_end: str = ""
+    end: str = ""
+    between: str = ""
+    prompt_is_causal: bool = True
+
+    def conversation(
+        self, messages: Sequence[Message], state: Sequence[float] = (), first_image: int = 0
+    ) -> Sentence:
+        """Turn messages into a Sentence.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": str}`; `<image>` in a
+                content stands for the next image. A last user message without an answer is a prompt.
+            state: a state vector, placed before the first user's content.
+            first_image: the number of the first image.
+
+        Raises:
+            UserError: roles do not alternate, or a role is unknown.
+        """
+        writer = _Writer(self.prompt_is_causal, first_image)
+        messages = list(messages)
+        if messages and messages[0].get("role") == "system":
+            writer.text(self.system_start + _content(messages[0]) + self.system_end)
+            messages = messages[1:]
+        else:
+            writer.text(self.opening)
+        for position, message in enumerate(messages):
+            expected = "assistant" if position % 2 else "user"
+            if message.get("role") != expected:
+                raise UserError(
+                    f"message {position + 1} has role '{message.get('role')}' where '{expected}' is due: "
+                    "user and assistant take turns, after at most one system message"
+                )
+            if expected == "user":
+                if position:
+                    writer.turn += 1
+                    writer.text(self.between)
+                writer.text(self.user_start)
+                if position == 0 and len(state):
+                    writer.add(State(tuple(float(value) for value in state), causal=writer.causal))
+                writer.content(_content(message))
+                writer.text(self.user_end)
+            else:
+                writer.answer(_content(message) + self.end)
+        return writer.sentence()
+
+    def questions(
+        self,
+        pairs: Sequence[tuple[str, str | None]],
+        images: int,
+        system: str | None = None,
+        state: Sequence[float] = (),
+        separator: str = "\n",
+    ) -> Sentence:
+        """Several questions about the same images as branches over one shared prefix.
+
+        Branch by branch it reads exactly as `conversation` with the content
+        `<image>...<image>{separator}{question}` and its answer.
+
+        Args:
+            pairs: (question, answer); an answer of None leaves a prompt.
+        """
+        writer = _Writer(self.prompt_is_causal, 0)
+        opening = self.opening if system is None else self.system_start + system + self.system_end
+        writer.text(opening + self.user_start)
+        if len(state):
+            writer.add(State(tuple(float(value) for value in state), causal=writer.causal))
+        for _ in range(images):
+            writer.image()
+        if images:
+            writer.text(separator)
+        writer.flush()
+        prompt_causal = writer.causal
+        for branch, (question, answer) in enumerate(pairs, start=1):
+            writer.branch, writer.causal = branch, prompt_causal
+            writer.text(question + self.user_end)
+            if answer is not None:
+                writer.answer(answer + self.end)
+            writer.flush()
+        return writer.sentence()
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    if not isinstance(content, str):
+        raise UserError(f"a message's content is {type(content).__name__}, and must be a string")
+    return content
+
+
+class _Writer:
+    """Collects segments; joins neighbouring unlearned text, so that tokens do not split needlessly."""
+
+    def __init__(self, prompt_is_causal: bool, first_image: int):
+        self.causal, self.turn, self.branch = prompt_is_causal, 0, 0
+        self.pending, self.segments, self.next_image = "", [], first_image
+
+    def text(self, text: str) -> None:
+        self.pending += text
+
+    def flush(self) -> None:
+        if self.pending:
+            self.segments.append(
+                Text(self.pending, causal=self.causal, turn=self.turn, branch=self.branch)
+            )
+            self.pending = ""
+
+    def add(self, segment: Segment) -> None:
+        self.flush()
+        self.segments.append(replace(segment, turn=self.turn, branch=self.branch))
+
+    def image(self) -> None:
+        self.add(Image(self.next_image, causal=self.causal))
+        self.next_image += 1
+
+    def content(self, content: str) -> None:
+        pieces = content.split(IMAGE_PLACEHOLDER)
+        for number, piece in enumerate(pieces):
+            if number:
+                self.image()
+            self.text(piece)
+
+    def answer(self, text: str) -> None:
+        self.flush()
+        self.segments.append(Text(text, learned=True, turn=self.turn, branch=self.branch))
+        self.causal = True  # what follows an answer has a past that must not see it coming
+
+    def sentence(self) -> Sentence:
+        self.flush()
+        return Sentence(tuple(self.segments))
+
+
+def plain_template(end: str) -> Template:
+    """`User: {content}\\nAssistant: {answer}{end}\\n`, for base models without a template of their own."""
+    return Template(system_end="\n", user_start="User: ", user_end="\nAssistant: ", end=end, between="\n")
+
+
+def bare_template(end: str, prompt_is_causal: bool = True) -> Template:
+    """`{content}\\n{answer}{end}`: PaliGemma's form, and PaLI's when the language is encoder-decoder."""
+    return Template(
+        system_end="\n", user_end="\n", end=end, between="\n", prompt_is_causal=prompt_is_causal
+    )
+
+
+def tokenizer_template(tokenizer: Any) -> Template:
+    """Cut a tokenizer's own chat template into strings.
+
+    Raises:
+        UserError: the template does not render one user and one assistant message in order.
+    """
+    markers = ["\u2045U1\u2046", "\u2045A1\u2046", "\u2045U2\u2046", "\u2045A2\u2046"]
+    user, answer, user2, answer2 = markers
+    turns = [
+        {"role": role, "content": marker}
+        for role, marker in zip(("user", "assistant", "user", "assistant"), markers, strict=True)
+    ]
+
+    def render(messages: list[Message], prompt: bool = False) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
+            )
+        except Exception as error:  # Jinja templates raise what they like
+            raise UserError(
+                f"the tokenizer's chat template refuses a plain conversation ({error}): "
+                "set model.language.template to 'plain'"
+            ) from error
+
+    whole, asked = render(turns), render(turns[:1], prompt=True)
+    if [whole.find(m) for m in markers] != sorted(whole.find(m) for m in markers) or user not in asked:
+        raise UserError(
+            "the tokenizer's chat template does not keep the messages in order: "
+            "set model.language.template to 'plain'"
+        )
+    head = whole[: whole.index(user)]
+    middle = whole[whole.index(answer) + len(answer) : whole.index(user2)]
+    tail = whole[whole.index(answer2) + len(answer2) :]
+    end = _common_prefix(middle, tail).rstrip("\n") or tail.rstrip("\n")
+    end = end or (tokenizer.eos_token or "")
+    between_and_user = middle.removeprefix(end)
+    # The opening may hold a default system text; what precedes each later user turn is the turn's own.
+    user_start = _common_suffix(head, between_and_user)
+    system_start, system_end = _system_strings(render, turns, user, user_start)
+    return Template(
+        opening=head.removesuffix(user_start),
+        system_start=system_start,
+        system_end=system_end,
+        user_start=user_start,
+        user_end=asked[asked.index(user) + len(user) :],
+        end=end,
+        between=between_and_user.removesuffix(user_start),
+    )
+
+
+def _system_strings(render: Any, turns: list[Message], user: str, user_start: str) -> tuple[str, str]:
+    marker = "\u2045S\u2046"
+    try:
+        text = render([{"role": "system", "content": marker}, *turns])
+    except UserError:  # Gemma and others allow no system message: it then opens the conversation
+        return "", "\n\n"
+    if marker not in text:
+        return "", "\n\n"
+    head = text[: text.index(user)]
+    return head[: head.index(marker)], head[head.index(marker) + len(marker) :].removesuffix(user_start)
+
+
+def _common_prefix(first: str, second: str) -> str:
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return first[:length]
+
+
+def _common_suffix(first: str, second: str) -> str:
+    return _common_prefix(first[::-1], second[::-1])[::-1]
