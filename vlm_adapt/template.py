@@ -31,6 +31,7 @@ class Template:
         opening: before everything when no system message is given (may hold a default one).
         system_start, system_end: around an explicit system message.
         user_start, user_end: around a user's content; `user_end` opens the answer.
+        answer_start: learned, before the answer (the space that base models write with a word).
         end: what closes an answer. It is learned, and generation stops at it.
         between: after `end`, before the next user's turn.
         prompt_is_causal: False reads everything before the first answer both ways (prefix-LM).
@@ -41,6 +42,7 @@ class Template:
     system_end: str = ""
     user_start: str = ""
     user_end: str = ""
+    answer_start: str = ""
     end: str = ""
     between: str = ""
     prompt_is_causal: bool = True
@@ -83,7 +85,7 @@ class Template:
                 writer.content(_content(message))
                 writer.text(self.user_end)
             else:
-                writer.answer(_content(message) + self.end)
+                writer.answer(self.answer_start + _content(message) + self.end)
         return writer.sentence()
 
     def questions(
@@ -117,7 +119,7 @@ class Template:
             writer.branch, writer.causal = branch, prompt_causal
             writer.text(question + self.user_end)
             if answer is not None:
-                writer.answer(answer + self.end)
+                writer.answer(self.answer_start + answer + self.end)
             writer.flush()
         return writer.sentence()
 
@@ -173,7 +175,9 @@ class _Writer:
 
 def plain_template(end: str) -> Template:
     """`User: {content}\\nAssistant: {answer}{end}\\n`, for base models without a template of their own."""
-    return Template(system_end="\n", user_start="User: ", user_end="\nAssistant: ", end=end, between="\n")
+    return Template(
+        system_end="\n", user_start="User: ", user_end="\nAssistant:", answer_start=" ", end=end, between="\n"
+    )
 
 
 def bare_template(end: str, prompt_is_causal: bool = True) -> Template:

@@ -1,0 +1,201 @@
+"""What a run is, as frozen, validated words. Knows names, types and defaults; knows nothing of torch.
+
+The words are the Hugging Face Trainer's wherever it has one. An unknown key is an error that names
+the nearest known one; sections that carry a part's own settings (connector, adapt) are checked by
+that part, against its own signature.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A frozen part of a run; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OpenSection(BaseModel):
+    """A frozen part of a run whose further keys belong to the part that it names."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beyond the declared ones."""
+        return dict(self.model_extra or {})
+
+
+class Vision(Section):
+    """The tower. `model` is `open_clip:NAME`, `timm:NAME`, `hf:NAME` or a folder."""
+
+    model: str
+    weights: str = "hub:"
+    image_size: int | None = Field(None, gt=0, description="pixels a side; None is the model's own")
+    layers: tuple[int, ...] = Field((-1,), min_length=1, description="depths whose features are read")
+    options: dict[str, Any] = {}
+
+
+class Connector(OpenSection):
+    """From tower features to language tokens; further keys go to the connector named."""
+
+    name: str = "mlp"
+
+
+class Language(Section):
+    """The language model: a hub name, `package:NAME` or a folder."""
+
+    model: str
+    weights: str = "hub:"
+    template: Literal["auto", "tokenizer", "plain", "bare"] = "auto"
+    system: str | None = Field(None, description="system message; None is the template's own default")
+    prefix_lm: bool = Field(False, description="read the prompt both ways (PaLI, PaliGemma)")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    max_length: int = Field(2048, gt=8, description="tokens a sample may have, images included")
+    scale_embeddings: bool = Field(
+        True, description="multiply image tokens as the language multiplies its embeddings (Gemma)"
+    )
+
+
+class Model(Section):
+    """Tower, connector and language; `state_size` is the length of state vectors, 0 for none."""
+
+    vision: Vision
+    connector: Connector = Connector()
+    language: Language
+    state_size: int = Field(0, ge=0)
+
+
+class Adapt(OpenSection):
+    """One line of the adaptation plan; further keys are the method's own settings."""
+
+    method: str
+    where: Literal["vision", "connector", "language"]
+    learning_rate: float | None = Field(None, gt=0)
+
+
+class Source(Section):
+    """Shards, and how their samples are phrased."""
+
+    shards: str | tuple[str, ...]
+    weight: float = Field(1.0, gt=0, description="how often each sample comes in an epoch")
+    limit: int | None = Field(None, gt=0, description="only the first so many samples")
+    prompt: str = Field("Describe the image.", description="asked of samples that hold captions")
+    questions_per_image: int | None = Field(
+        None, gt=0, description="of several questions on an image, how many are drawn an epoch"
+    )
+    balance_kinds: bool = Field(False, description="draw the questions kind by kind in turn")
+
+
+class Data(Section):
+    """What is trained on and what is held out."""
+
+    train: tuple[Source, ...] = ()
+    evaluate: tuple[Source, ...] = ()
+    workers: int = Field(0, ge=0)
+    lanes: int = Field(64, gt=0)
+    shuffle: bool = True
+    max_pixels: int = Field(100_000_000, gt=0, description="larger images are refused")
+    max_refused: float = Field(0.1, ge=0, le=1, description="share of bad samples that stops the run")
+
+    @field_validator("train", "evaluate", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        value = [value] if isinstance(value, str | dict) else value
+        return [{"shards": item} if isinstance(item, str) else item for item in value or ()]
+
+
+class Train(Section):
+    """One stage's optimisation. Rates are per step of the optimizer."""
+
+    per_device_train_batch_size: int = Field(8, gt=0, description="samples a process and microbatch")
+    gradient_accumulation_steps: int = Field(1, gt=0)
+    max_steps: int = Field(0, ge=0, description="0 leaves it to num_train_epochs")
+    num_train_epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_steps: int = Field(0, ge=0, description="takes precedence over warmup_ratio when above 0")
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 does not clip")
+    bf16: bool | Literal["auto"] = "auto"
+    gradient_checkpointing: bool = False
+    deepspeed: str = Field("zero2", description="zero0..zero3[_offload], or a JSON file")
+    save_steps: int = Field(500, ge=0, description="0 saves at the end only")
+    save_total_limit: int = Field(2, gt=0)
+    eval_steps: int = Field(0, ge=0, description="0 evaluates at the end only")
+    logging_steps: int = Field(1, gt=0)
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class Evaluate(Section):
+    """Generation and scores on the held-out sources."""
+
+    batch_size: int = Field(32, gt=0)
+    max_new_tokens: int = Field(32, gt=0)
+    metrics: tuple[str, ...] = ("exact_match",)
+    blind: bool = Field(False, description="also score each sample with another sample's image")
+    best_metric: str = Field("loss", description="the best checkpoint is kept by this; dots reach inside")
+    greater_is_better: bool = False
+    limit: int | None = Field(None, gt=0, description="samples used by evaluations inside training")
+
+
+class Stage(Section):
+    """What differs from the run in one stage; its methods add to those of the stages before."""
+
+    name: str
+    adapt: tuple[Adapt, ...] | None = None
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+
+class Run(Section):
+    """Everything that determines a run; saved beside every checkpoint."""
+
+    output_dir: str
+    seed: int = 0
+    model: Model
+    adapt: tuple[Adapt, ...] = (Adapt(method="full", where="connector"),)
+    data: Data = Data()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    stages: tuple[Stage, ...] = ()
+
+    @model_validator(mode="after")
+    def _stages_are_valid(self) -> Run:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError("stages need different names")
+        self.stage_runs()
+        return self
+
+    def stage_runs(self) -> list[tuple[str, Run]]:
+        """The run of each stage, by name: this run with the stage's differences written in."""
+        if not self.stages:
+            return [("train", self)]
+        runs = []
+        for stage in self.stages:
+            merged = self.model_dump(exclude={"stages"})
+            merged["data"] |= stage.data
+            merged["train"] |= stage.train
+            if stage.adapt is not None:
+                merged["adapt"] = [line.model_dump() for line in stage.adapt]
+            try:
+                runs.append((stage.name, Run.model_validate(merged)))
+            except ValueError as error:
+                raise StageError(stage.name, error) from error
+        return runs
+
+
+class StageError(ValueError):
+    """A stage's differences do not fit; carries pydantic's own error for the loader to word."""
+
+    def __init__(self, name: str, error: ValueError):
+        self.name, self.error = name, error
+        super().__init__(f"stage '{name}': {error}")
