@@ -88,14 +88,14 @@ class Sentence:
 
 
 def check_images(sentence: Sentence, available: int, where: str) -> None:
-    """Raise UserError unless the sentence uses every image of the sample, each exactly once or more.
+    """Raise UserError unless the sentence shows every image of the sample, and no other.
 
     Args:
         available: the number of images that the sample carries.
         where: the sample's key, for the message.
     """
     used = {s.index for s in sentence if isinstance(s, Image)}
-    if sentence.image_count != available and used != set(range(available)):
+    if used != set(range(available)):
         raise UserError(
             f"sample '{where}' has {sentence.image_count} image placeholder(s) and {available} image(s): "
             f"give it as many {IMAGE_PLACEHOLDER} as images"

@@ -80,6 +80,7 @@ class Template:
                     writer.turn += 1
                     writer.text(self.between)
                 writer.text(self.user_start)
+                writer.flush()  # as `questions` does, so that both tokenize alike
                 if position == 0 and len(state):
                     writer.add(State(tuple(float(value) for value in state), causal=writer.causal))
                 writer.content(_content(message))
@@ -161,6 +162,10 @@ class _Writer:
         for number, piece in enumerate(pieces):
             if number:
                 self.image()
+                if piece.startswith("\n"):  # cut where `questions` cuts, so that both tokenize alike
+                    self.text("\n")
+                    self.flush()
+                    piece = piece[1:]
             self.text(piece)
 
     def answer(self, text: str) -> None:

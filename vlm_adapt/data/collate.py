@@ -1,0 +1,146 @@
+"""Rows put together into a Batch of tensors, and a Batch moved to its device.
+
+Knows padding and flat positions; knows nothing about models. Pixels stay uint8 until they are on the
+device.
+
+    B rows, T positions, N targets, I images, K tokens an image, S states, U decoder positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vlm_adapt.data.encode import FILLER_ID, Encoded
+
+
+@dataclass
+class Batch:
+    """What the model reads in one microbatch.
+
+    Attributes:
+        ids_BT: token ids; FILLER_ID under images, states and padding.
+        documents_BT: 0 at padding, else the number (from 1) of the document within the row.
+        blocks_BT: a token sees the blocks that are not above its own (see Encoded).
+        branches_BT: 0 for the prefix; a branch sees the prefix and itself.
+        positions_BT: from 0 in each document.
+        plain: every row is one causal text padded on the right: no mask is needed.
+        predict_from_N, targets_N: flat positions of predicting states, and the ids they predict.
+        pixels_ICHW: uint8; ONE zero image when there is none, so that every rank runs its tower.
+        image_positions_IK: flat positions in [B*T] of each image's tokens; empty when there is none.
+        states_SF, state_positions_S: state vectors and their flat positions.
+        decoder_ids_BU: for encoder-decoders.
+        keys: the samples' keys, a row each.
+        samples: how many samples of the stream went in (a sample may make several rows).
+    """
+
+    ids_BT: Tensor
+    documents_BT: Tensor
+    blocks_BT: Tensor
+    branches_BT: Tensor
+    positions_BT: Tensor
+    plain: bool
+    predict_from_N: Tensor
+    targets_N: Tensor
+    pixels_ICHW: Tensor
+    image_positions_IK: Tensor
+    states_SF: Tensor
+    state_positions_S: Tensor
+    decoder_ids_BU: Tensor | None = None
+    keys: tuple[str, ...] = ()
+    samples: int = 0
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        return int((self.documents_BT > 0).sum())
+
+
+def collate(
+    rows: Sequence[Encoded],
+    image_size: tuple[int, int],
+    tokens_per_image: int,
+    state_size: int = 0,
+    pad_left: bool = False,
+    multiple: int = 1,
+    samples: int | None = None,
+    seq2seq: bool = False,
+) -> Batch:
+    """Put rows together; no rows at all give one row of padding that a rank can still run.
+
+    Args:
+        image_size: (height, width), for the stand-in when no row has an image.
+        pad_left: for generation, so that all prompts end at the same column.
+        multiple: T is rounded up to this.
+        samples: what `Batch.samples` says; by default the number of rows.
+    """
+    count = max(1, len(rows))
+    longest = max((len(row) for row in rows), default=1)
+    length = -(-longest // multiple) * multiple
+    grids = {
+        name: np.zeros((count, length), np.int64) for name in ("ids", "blocks", "branches", "positions")
+    }
+    grids["ids"][:] = FILLER_ID
+    documents = np.zeros((count, length), np.int64)
+    predict_from, targets, images, positions = [], [], [], []
+    states, state_positions = [], []
+    decoder_length = max((len(row.decoder_ids) for row in rows if row.decoder_ids is not None), default=1)
+    decoder = np.zeros((count, decoder_length), np.int64) if seq2seq else None
+    for number, row in enumerate(rows):
+        start = length - len(row) if pad_left else 0
+        place = slice(start, start + len(row))
+        documents[number, place] = 1
+        for name, grid in grids.items():
+            grid[number, place] = getattr(row, name)
+        offset = number * length + start
+        if decoder is not None and row.decoder_ids is not None:
+            decoder[number, : len(row.decoder_ids)] = row.decoder_ids
+            predict_from.append(row.predict_from + number * decoder_length)
+        else:
+            predict_from.append(row.predict_from + offset)
+        targets.append(row.targets)
+        for image_start, index in zip(row.image_starts, row.image_order, strict=True):
+            images.append(row.pixels[index])
+            positions.append(np.arange(tokens_per_image) + image_start + offset)
+        states.append(row.states)
+        state_positions.append(row.state_starts + offset)
+    stand_in = [np.zeros((3, *image_size), np.uint8)]
+    return Batch(
+        ids_BT=torch.from_numpy(grids["ids"]),
+        documents_BT=torch.from_numpy(documents),
+        blocks_BT=torch.from_numpy(grids["blocks"]),
+        branches_BT=torch.from_numpy(grids["branches"]),
+        positions_BT=torch.from_numpy(grids["positions"]),
+        plain=all(row.plain for row in rows) and not (pad_left and len({len(row) for row in rows}) > 1),
+        predict_from_N=torch.from_numpy(_joined(predict_from)),
+        targets_N=torch.from_numpy(_joined(targets)),
+        pixels_ICHW=torch.from_numpy(np.stack(images or stand_in)),
+        image_positions_IK=torch.from_numpy(
+            np.stack(positions) if positions else np.zeros((0, tokens_per_image), np.int64)
+        ),
+        states_SF=torch.from_numpy(
+            np.concatenate(states) if states else np.zeros((0, state_size), np.float32)
+        ),
+        state_positions_S=torch.from_numpy(_joined(state_positions)),
+        decoder_ids_BU=None if decoder is None else torch.from_numpy(decoder),
+        keys=tuple(row.key for row in rows),
+        samples=len(rows) if samples is None else samples,
+    )
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)

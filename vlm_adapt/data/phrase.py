@@ -1,0 +1,156 @@
+"""From a sample's record to Sentences: what is asked, what is learned, what counts as right.
+
+Knows captions, questions and conversations; knows nothing about tokens, pixels or tar files.
+Training and evaluation phrase a question with the same words, through the same template.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlm_adapt.sentence import IMAGE_PLACEHOLDER, Sentence
+from vlm_adapt.template import Template
+
+
+@dataclass(frozen=True)
+class Question:
+    """One thing asked of a sample.
+
+    Attributes:
+        answers: every reference; training learns the commonest (the first of equals).
+        kind: a label by which scores are broken down.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    kind: str | None = None
+    id: str | None = None
+
+    @property
+    def answer(self) -> str:
+        """The answer that is learned."""
+        return Counter(self.answers).most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt for evaluation, with what it is scored against."""
+
+    sentence: Sentence
+    question: Question
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """How a source's samples are put into words.
+
+    Attributes:
+        branches: several questions on an image share one row; needs a causal prompt, since a prompt
+            read both ways would see every question.
+    """
+
+    template: Template
+    system: str | None = None
+    prompt: str = "Describe the image."
+    questions_per_image: int | None = None
+    balance_kinds: bool = False
+    branches: bool = True
+
+    def training(self, record: dict[str, Any], images: int, generator: np.random.Generator) -> list[Sentence]:
+        """The sentences to learn from a sample, drawn by `generator` where there is a choice.
+
+        Raises:
+            UserError: roles of `messages` do not alternate.
+        """
+        state = record.get("state") or ()
+        if "messages" in record:
+            return [self.template.conversation(self._with_system(record["messages"]), state)]
+        questions = questions_of(record, self.prompt)
+        if "caption" in record or "captions" in record:
+            captions = questions[0].answers
+            chosen = captions[int(generator.integers(len(captions)))]
+            return [self._pairs([(self.prompt, chosen)], images, state)]
+        count = self.questions_per_image or len(questions)
+        drawn = _draw(questions, count, self.balance_kinds, generator)
+        pairs = [(question.text, question.answer) for question in drawn]
+        if self.branches:
+            return [self._pairs(pairs, images, state)]
+        return [self._pairs([pair], images, state) for pair in pairs]
+
+    def evaluation(self, record: dict[str, Any], images: int) -> list[Asked]:
+        """Every question of a sample as a prompt; a conversation is asked its last question."""
+        state = record.get("state") or ()
+        if "messages" in record:
+            *before, last = self._with_system(record["messages"])
+            prompt = self.template.conversation(before, state)
+            asked = before[-1]["content"] if before else ""
+            answers = (last["content"],)
+            return [Asked(prompt, Question(asked, answers, record.get("kind"), record.get("id")))]
+        return [
+            Asked(self._pairs([(question.text, None)], images, state), question)
+            for question in questions_of(record, self.prompt)
+        ]
+
+    def _pairs(
+        self, pairs: Sequence[tuple[str, str | None]], images: int, state: Sequence[float]
+    ) -> Sentence:
+        if self.branches:
+            return self.template.questions(pairs, images, self.system, state)
+        (question, answer), = pairs
+        content = IMAGE_PLACEHOLDER * images + ("\n" if images else "") + question
+        messages = self._with_system([{"role": "user", "content": content}])
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        return self.template.conversation(messages, state)
+
+    def _with_system(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if self.system is None or (messages and messages[0].get("role") == "system"):
+            return list(messages)
+        return [{"role": "system", "content": self.system}, *messages]
+
+
+def questions_of(record: dict[str, Any], prompt: str) -> list[Question]:
+    """The questions of a record; a caption is the answer to the source's prompt."""
+    kind, identity = record.get("kind"), record.get("id")
+    identity = None if identity is None else str(identity)
+    if "captions" in record or "caption" in record:
+        captions = record.get("captions") or [record["caption"]]
+        return [Question(prompt, tuple(captions), kind, identity)]
+    if "questions" in record:
+        return [
+            Question(q["question"], _answers(q), q.get("kind", kind), _text(q.get("id")))
+            for q in record["questions"]
+        ]
+    return [Question(record["question"], _answers(record), kind, identity)]
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _answers(record: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(record["answers"]) if "answers" in record else (record["answer"],)
+
+
+def _draw(
+    questions: list[Question], count: int, balance: bool, generator: np.random.Generator
+) -> list[Question]:
+    """`count` questions without repetition; balanced draws go round the kinds, rarest kinds first."""
+    order = [questions[i] for i in generator.permutation(len(questions))]
+    if not balance:
+        return order[:count]
+    piles: dict[str | None, list[Question]] = {}
+    for question in order:
+        piles.setdefault(question.kind, []).append(question)
+    drawn: list[Question] = []
+    ranked = sorted(piles.values(), key=len)
+    while len(drawn) < min(count, len(questions)):
+        for pile in ranked:
+            if pile and len(drawn) < count:
+                drawn.append(pile.pop())
+    return drawn

@@ -1,0 +1,96 @@
+"""The vision-language model: 1 tower, 2 connector, 3 splice, 4 masks, 5 language.
+
+Knows the order of the road; knows nothing about files, adaptation methods or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vlm_adapt.connectors.connector import Connector
+from vlm_adapt.data.collate import Batch
+from vlm_adapt.language.language import Generation, Language, LanguageInput
+from vlm_adapt.models.masks import attention_mask
+from vlm_adapt.models.splice import splice
+from vlm_adapt.vision.tower import Tower
+
+
+class VisionLanguageModel(nn.Module):
+    """A tower and a language joined by a connector.
+
+    Args:
+        tower, connector, language: the parts.
+        layers: depths of the tower whose features the connector reads.
+        state_size: length of state vectors, 0 for none (PaLM-E's state estimation vectors, eq. 3).
+    """
+
+    def __init__(
+        self,
+        tower: Tower,
+        connector: Connector,
+        language: Language,
+        layers: Sequence[int] = (-1,),
+        state_size: int = 0,
+    ):
+        super().__init__()
+        self.vision, self.connector, self.language = tower, connector, language
+        self.layers, self.state_size = tuple(layers), state_size
+        self.state_projector = (
+            nn.Sequential(
+                nn.Linear(state_size, language.width), nn.GELU(), nn.Linear(language.width, language.width)
+            )
+            if state_size
+            else None
+        )
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that an adaptation plan speaks of; the state projector belongs to the connector."""
+        parts: dict[str, nn.Module] = {"vision": self.vision, "connector": self.connector}
+        if self.state_projector is not None:
+            parts["connector"] = nn.ModuleDict(
+                {"connector": self.connector, "state_projector": self.state_projector}
+            )
+        return parts | {"language": self.language}
+
+    def image_tokens(self, pixels_NCHW: Tensor) -> Tensor:
+        """uint8 images [N, C, H, W] -> tokens [N, K, D]."""
+        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers)
+        return self.connector(features)
+
+    def inputs(self, batch: Batch) -> LanguageInput:
+        """Steps 1 to 4: everything before the language."""
+        embeds_BTD = self.language.embed(batch.ids_BT)
+        tokens_NKD = self.image_tokens(batch.pixels_ICHW)
+        embeds_BTD = splice(embeds_BTD, tokens_NKD.flatten(0, 1), batch.image_positions_IK.flatten())
+        if self.state_projector is not None:
+            states_SF = batch.states_SF
+            if not len(states_SF):
+                states_SF = states_SF.new_zeros(1, self.state_size)
+            embeds_BTD = splice(embeds_BTD, self.state_projector(states_SF), batch.state_positions_S)
+        valid_BT = batch.documents_BT > 0
+        if batch.plain or self.language.seq2seq:
+            return LanguageInput(embeds_BTD, valid_BT, decoder_ids_BU=batch.decoder_ids_BU)
+        allow_BTT = attention_mask(batch.documents_BT, batch.blocks_BT, batch.branches_BT)
+        return LanguageInput(embeds_BTD, valid_BT, allow_BTT, batch.positions_BT, batch.decoder_ids_BU)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum of token losses (float32 scalar) and each target's own loss [N], detached."""
+        return self.language(self.inputs(batch), batch.predict_from_N, batch.targets_N)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits [B, T, V] (decoder positions for encoder-decoders); for checks, not for training."""
+        return self.language.logits(self.language.hidden(self.inputs(batch)))
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
+        """Answers to prompts padded on the left; ids of each row without the stop token."""
+        return self.language.generate(self.inputs(batch), settings, stop_ids)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, in the tower and in the language."""
+        self.vision.set_activation_checkpointing(enabled)
+        self.language.set_activation_checkpointing(enabled)
