@@ -1,0 +1,202 @@
+"""Towers from timm, by its `forward_intermediates`: plain ViTs, and hierarchical encoders.
+
+Knows timm; knows nothing about connectors or training. Layers are blocks in a plain ViT and stages in
+a hierarchical encoder (TinyViT, Swin, ConvNeXt, EfficientNet).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from vlm_adapt.choices import nearest
+from vlm_adapt.errors import UserError
+from vlm_adapt.image_spec import ImageSpec
+from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
+from vlm_adapt.vision.tower import Tower, check_image_size
+
+# Modules that no intermediate feature passes through.
+HEADS = (
+    "head",
+    "head_dist",
+    "head_drop",
+    "fc",
+    "fc_norm",
+    "classifier",
+    "attn_pool",
+    "norm_head",
+    "pre_logits",
+)
+RESIZE = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+class TimmTower(Tower):
+    """A timm model as a tower.
+
+    Args:
+        trunk: the model, already at the size of `image_spec`; its classifier is taken off.
+        final_norm: whether the last layer passes the trunk's final norm, as in `forward_features`.
+    """
+
+    def __init__(self, trunk: nn.Module, image_spec: ImageSpec, final_norm: bool = True):
+        info = [dict(entry) for entry in getattr(trunk.feature_info, "info", trunk.feature_info)]
+        plain = len({entry["reduction"] for entry in info}) == 1
+        take_off_head(trunk, len(info), keep_norm=final_norm)
+        trunk.eval()
+        with torch.no_grad():
+            pixels_NCHW = torch.zeros(1, 3, *image_spec.size, dtype=next(trunk.parameters()).dtype)
+            # One block tells all about a plain ViT; stages differ.
+            indices = [0] if plain else list(range(len(info)))
+            maps = trunk.forward_intermediates(
+                pixels_NCHW, indices=indices, stop_early=True, intermediates_only=True
+            )
+        shapes = [tuple(features_NDhw.shape) for features_NDhw in maps] * (len(info) if plain else 1)
+        names, layers = _find_blocks(trunk, [entry["module"] for entry in info])
+        super().__init__(
+            image_spec,
+            [shape[1] for shape in shapes],
+            [shape[2:] for shape in shapes],
+            [f"trunk.{name}" for name in names],
+            layers,
+        )
+        self.trunk, self.plain, self.final_norm = trunk, plain, final_norm
+        # TinyViT and LeViT keep a copy of their attention biases in evaluation mode.
+        self._caching = [
+            name for name, module in trunk.named_modules() if hasattr(module, "attention_bias_cache")
+        ]
+
+    def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        for name in self._caching:
+            # A copy made before a weight was trained, loaded or moved would be stale.
+            self.trunk.get_submodule(name).attention_bias_cache = {}
+        maps = self.trunk.forward_intermediates(
+            pixels_NCHW,
+            indices=layers,
+            # A plain ViT's norm is given to the last layer only, below; a hierarchy's fits no other.
+            norm=self.final_norm and not self.plain and self._norms_stages(),
+            stop_early=True,
+            intermediates_only=True,
+        )
+        found = {
+            layer: features_NDhw.flatten(2).transpose(1, 2)
+            for layer, features_NDhw in zip(layers, maps, strict=True)
+        }
+        if self.plain and self.final_norm and self.depth - 1 in found:
+            found[self.depth - 1] = self.trunk.norm(found[self.depth - 1])
+        return found
+
+    def _norms_stages(self) -> bool:
+        return any(hasattr(self.trunk, name) for name in ("norm", "norm_pre"))
+
+    def _last_layer_modules(self) -> list[str]:
+        return [
+            f"trunk.{name}"
+            for name in ("norm", "norm_pre")
+            if (self.final_norm or not self.plain)
+            # In a plain ViT `norm_pre` comes before the first block.
+            and not (self.plain and name == "norm_pre")
+            and any(True for _ in getattr(self.trunk, name, nn.Identity()).parameters())
+        ]
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """As in Tower; timm checkpoints a block at a time, or a stage where it has no finer way."""
+        self.trunk.set_grad_checkpointing(enabled)
+
+
+def take_off_head(trunk: nn.Module, depth: int, keep_norm: bool = True) -> None:
+    """Remove classifier and pooling, whose weights would neither be used nor get a gradient."""
+    trunk.prune_intermediate_layers(list(range(depth)), prune_norm=not keep_norm, prune_head=True)
+    for name in HEADS:
+        if isinstance(getattr(trunk, name, None), nn.Module):
+            setattr(trunk, name, nn.Identity())
+
+
+def _find_blocks(trunk: nn.Module, features: list[str]) -> tuple[list[str], list[int]]:
+    """Names of the blocks of a trunk in order, and the layer that each feeds."""
+    names: list[str] = []
+    layers: list[int] = []
+    children = dict(trunk.named_children())
+    done = -1
+    for layer, feature in enumerate(features):
+        container, _, index = feature.partition(".")
+        if container not in children:
+            container = "stages"  # MViT's feature names are not those of its modules
+        if container not in children:
+            continue
+        if not index:
+            stages = [container] if isinstance(children[container], nn.Sequential) else []
+        else:
+            last = int(index.split(".")[0])
+            stages, done = [f"{container}.{number}" for number in range(done + 1, last + 1)], last
+        for stage in stages:
+            module = trunk.get_submodule(stage)
+            inner = getattr(module, "blocks", None)
+            if isinstance(inner, nn.Sequential | nn.ModuleList):
+                found = [f"{stage}.blocks.{name}" for name, _ in inner.named_children()]
+            elif isinstance(module, nn.Sequential):
+                found = [f"{stage}.{name}" for name, _ in module.named_children()]
+            else:
+                found = [stage]
+            names += found
+            layers += [layer] * len(found)
+    return names, layers
+
+
+def build(name: str, source: Source, image_size: int | None, final_norm: bool = True) -> TimmTower:
+    """A timm tower by model name (`vit_base_patch16_224.augreg_in1k`) or `local-dir:FOLDER`."""
+    folder = name.startswith("local-dir:")
+    if not folder and "/" not in name and not timm.is_model(name):
+        raise UserError(f"timm has no model '{name}'{nearest(name.split('.')[0], timm.list_models()) or '.'}")
+    if source.kind == "hub" and source.value:
+        name = f"{name}.{source.value}"
+    if folder and source.kind == "hub" and not any(Path(name.partition(":")[2]).glob("*model*.*")):
+        raise UserError(f"'{name.partition(':')[2]}' holds no weights: say weights: random: to do without")
+    options: dict[str, Any] = {"pretrained": source.kind == "hub"}
+    if not options["pretrained"] and not folder:
+        options["num_classes"] = 0
+    try:
+        trunk = timm.create_model(name, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise unreachable(f"timm:{name}", error) from error
+    if not hasattr(trunk, "forward_intermediates"):
+        raise UserError(f"timm's '{name}' gives no intermediate features: choose another model")
+    config = dict(trunk.pretrained_cfg)
+    notes: list[str] = []
+    if source.kind == "file":
+        info = getattr(trunk.feature_info, "info", trunk.feature_info)
+        take_off_head(trunk, len(info))
+        heads = [f"{head}." for head in HEADS]
+        left_out = load_strictly(trunk, read_state(source.path), str(source.path), heads)
+        notes += note_left_out(str(source.path), left_out)
+    data = resolve_data_config(pretrained_cfg=config)
+    spec = ImageSpec(
+        tuple(data["input_size"][-2:]),
+        data["mean"],
+        data["std"],
+        RESIZE.get(data["crop_mode"], "crop"),
+        data["interpolation"] if data["interpolation"] in ("bilinear", "lanczos") else "bicubic",
+    )
+    tower = TimmTower(trunk, resize_trunk(trunk, spec, image_size, name), final_norm)
+    tower.notes += notes
+    return tower
+
+
+def resize_trunk(trunk: nn.Module, spec: ImageSpec, image_size: int | None, name: str) -> ImageSpec:
+    """Make `trunk` take images of `image_size` (positions interpolated); return the spec that fits."""
+    resized = spec.with_size(image_size)
+    if resized.size == spec.size:
+        return spec
+    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
+    if patch is not None:
+        check_image_size(resized.size, tuple(patch), name)
+    if hasattr(trunk, "set_input_size"):
+        try:
+            trunk.set_input_size(resized.size)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise UserError(f"timm's '{name}' cannot take images of {image_size} pixels: {error}") from error
+    return resized

@@ -1,0 +1,173 @@
+"""The seam between any vision encoder and the rest of the house: pixels to features at chosen depths.
+
+Knows layers, grids, widths and blocks; knows nothing about the library an encoder comes from, nor
+about connectors, text or training.
+
+Shapes: N images, C channels, H x W pixels, P = h*w patches in row-major order, D channels of a layer.
+A *layer* is a depth that can be asked for: a block of a plain ViT, a stage of a hierarchical one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vlm_adapt.errors import UserError
+from vlm_adapt.image_spec import ImageSpec
+
+
+class Tower(nn.Module):
+    """A vision encoder. Subclasses give `_features` and name their blocks.
+
+    Attributes:
+        image_spec: what images must look like.
+        depth: how many layers can be asked for.
+        width, grid: channels and (rows, columns) of the last layer.
+        block_names: dotted names of the adaptable blocks below this module, in order. `blocks` are
+            these modules as they are now; `set_block` puts another (a wrapper, say) in a block's place.
+            A wrapper must hand on all positional and keyword arguments.
+        block_layers: for each block the layer that it feeds.
+        notes: what a user should know of how this tower was made (weights left out, for example).
+    """
+
+    def __init__(
+        self,
+        image_spec: ImageSpec,
+        widths: Sequence[int],
+        grids: Sequence[tuple[int, int]],
+        block_names: Sequence[str],
+        block_layers: Sequence[int],
+    ):
+        super().__init__()
+        self.image_spec = image_spec
+        self._widths, self._grids = list(widths), [tuple(grid) for grid in grids]
+        self.depth, self.width, self.grid = len(self._widths), self._widths[-1], self._grids[-1]
+        self.block_names, self.block_layers = list(block_names), list(block_layers)
+        self.notes: list[str] = []
+        self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    # What there is -------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The adaptable blocks in order."""
+        return [self.get_submodule(name) for name in self.block_names]
+
+    def set_block(self, index: int, module: nn.Module) -> None:
+        """Put `module` where block `index` is."""
+        parent, _, leaf = self.block_names[index].rpartition(".")
+        setattr(self.get_submodule(parent), leaf, module)
+
+    def resolve(self, layers: Sequence[int] | None) -> list[int]:
+        """Layer numbers from 0 for numbers that may be negative; None is the last layer.
+
+        -1 is the output of the last block. LLaVA's `vision_feature_layer=-2` is -2 here too.
+
+        Raises:
+            UserError: a layer that the tower does not have, or none at all.
+        """
+        layers = [-1] if layers is None else list(layers)
+        if not layers:
+            raise UserError("a tower needs at least one layer: leave `layers` out for the last")
+        for layer in layers:
+            if not -self.depth <= layer < self.depth:
+                raise UserError(
+                    f"vision layer {layer} does not exist: this tower has {self.depth} layers, "
+                    f"numbered 0 to {self.depth - 1} or -{self.depth} to -1"
+                )
+        return [layer % self.depth for layer in layers]
+
+    def widths(self, layers: Sequence[int] | None = None) -> list[int]:
+        """Channels of each requested layer."""
+        return [self._widths[layer] for layer in self.resolve(layers)]
+
+    def grids(self, layers: Sequence[int] | None = None) -> list[tuple[int, int]]:
+        """(rows, columns) of each requested layer."""
+        return [self._grids[layer] for layer in self.resolve(layers)]
+
+    def used_blocks(self, layers: Sequence[int] | None = None) -> list[int]:
+        """Numbers of the blocks that run for `layers`; the others get no gradient, so leave them frozen."""
+        deepest = max(self.resolve(layers))
+        return [index for index, layer in enumerate(self.block_layers) if layer <= deepest]
+
+    def unused_modules(self, layers: Sequence[int] | None = None) -> list[str]:
+        """Dotted names of modules whose parameters get no gradient when only `layers` are asked for."""
+        deepest = max(self.resolve(layers))
+        unused = [
+            name for name, layer in zip(self.block_names, self.block_layers, strict=True) if layer > deepest
+        ]
+        return unused + ([] if deepest == self.depth - 1 else self._last_layer_modules())
+
+    def _last_layer_modules(self) -> list[str]:
+        """Modules beyond the blocks that only the last layer uses (the final norm, say)."""
+        return []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that pixels are handed over in: that of the first weight."""
+        return next(self.parameters()).dtype
+
+    # What it does --------------------------------------------------------------------------------
+
+    def normalise(self, pixels_NCHW: Tensor) -> Tensor:
+        """uint8 pixels to normalised floats on their own device, in the tower's dtype."""
+        device = pixels_NCHW.device
+        if device not in self._statistics:
+            # Not a buffer: a bf16 tower would round the mean and the deviation too.
+            shape = (1, len(self.image_spec.mean), 1, 1)
+            mean = torch.tensor(self.image_spec.mean, device=device).view(shape) * 255
+            std = torch.tensor(self.image_spec.std, device=device).view(shape) * 255
+            self._statistics[device] = (mean, std)
+        mean, std = self._statistics[device]
+        return ((pixels_NCHW.float() - mean) / std).to(self.dtype)
+
+    def forward(self, pixels_NCHW: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
+        """Features of each requested layer, patches only (no class or register tokens).
+
+        Args:
+            pixels_NCHW: normalised float pixels of the size of `image_spec`.
+            layers: depths, in the order wanted; negative ones count from the end. Default: the last.
+        Returns:
+            features_NPD, one for each requested layer. Blocks after the deepest are not run.
+        Raises:
+            UserError: images of another size, or a layer that does not exist.
+        """
+        wanted = self.resolve(layers)
+        if tuple(pixels_NCHW.shape[-2:]) != self.image_spec.size:
+            raise UserError(
+                f"the tower was built for images of {self.image_spec.size} pixels and got "
+                f"{tuple(pixels_NCHW.shape[-2:])}: build it with that image_size, or resize the images"
+            )
+        found = self._features(pixels_NCHW, sorted(set(wanted)))
+        return [found[layer] for layer in wanted]
+
+    def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
+        """features_NPD by layer, for ascending, distinct layer numbers from 0."""
+        raise TypeError(f"{type(self).__name__} does not say how to compute features")
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass (True) or keep its activations (False)."""
+        raise TypeError(f"{type(self).__name__} does not say how to checkpoint activations")
+
+    def train(self, mode: bool = True) -> Tower:
+        """As usual, but batch norms stay in evaluation mode.
+
+        Their running statistics are the pretrained ones: small, uneven batches would spoil them, and
+        ranks would drift apart.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def check_image_size(size: tuple[int, int], patch: tuple[int, int], model: str) -> None:
+    """Raise UserError unless whole patches fill the image."""
+    if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
+        raise UserError(
+            f"image_size {size[0]} is not a multiple of the patch size {patch[0]} of '{model}': "
+            f"try {max(1, round(size[0] / patch[0])) * patch[0]}"
+        )
