@@ -1,0 +1,11 @@
+"""Adaptation methods and the plan that applies them. A new method is one file and one line here."""
+
+from vlm_adapt.choices import Choices
+
+METHODS = Choices(
+    "adaptation method",
+    {
+        "full": "vlm_adapt.adapt.full:Full",
+        "lora": "vlm_adapt.adapt.lora:Lora",
+    },
+)
