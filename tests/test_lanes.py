@@ -1,0 +1,127 @@
+"""The order of the stream: permutations, resuming anywhere, weights, and independence of who reads."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlm_adapt.data.lanes import LaneCursor, Plan, Source, shuffled
+from vlm_adapt.errors import UserError
+
+COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
+LANES = st.integers(1, 70)
+
+
+@settings(max_examples=150, deadline=None)
+@given(COUNTS, st.integers(0, 2**40), LANES, st.booleans(), st.none() | st.integers(1, 30), st.integers(0, 3))
+def test_an_epoch_is_a_permutation(counts, seed, lanes, shuffle, window, epoch):
+    plan = Plan(counts, seed, lanes, shuffle, window)
+    order = plan.order(epoch)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(sum(counts))) and len(plan) == sum(counts)
+    assert order.tolist() == [plan.at(epoch, place) for place in range(len(plan))]
+    assert order.tolist() == Plan(counts, seed, lanes, shuffle, window).order(epoch).tolist()
+    if not shuffle:
+        assert order.tolist() == list(range(sum(counts)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(COUNTS, LANES, st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=8))
+def test_any_readers_in_any_shape_see_one_stream(counts, lanes, phases):
+    """Phases of (world, batch per rank): each stops after 3 steps and another shape goes on."""
+    plan = Plan(counts, seed=7, lanes=lanes)
+    needed = sum(world * batch * 3 for world, batch in phases)
+    epochs = needed // len(plan) + 1
+    expected = np.concatenate([plan.order(epoch) for epoch in range(epochs)])[:needed].tolist()
+    seen: list[int] = []
+    state = plan.state(LaneCursor())
+    for world, batch in phases:
+        ranks = [pickle.loads(pickle.dumps(plan)) for _ in range(world)]  # each its own, as in a process
+        for _ in range(3):
+            cursor = plan.resume(state)
+            for own in ranks:  # a rank takes its part of the global batch
+                ids, cursor = own.take(cursor, batch)
+                seen += ids
+            state = plan.state(cursor)
+    assert seen == expected
+
+
+def test_epochs_and_seeds_differ_and_shuffling_is_wide():
+    plan = Plan([100] * 20, seed=1)
+    first, second, other = plan.order(0), plan.order(1), Plan([100] * 20, seed=2).order(0)
+    assert (first != second).mean() > 0.95 and (first != other).mean() > 0.95
+    # 64 samples in a row come from all over the 20 shards, in any epoch.
+    assert min(len(set(first[i : i + 64] // 100)) for i in range(0, 1984, 64)) > 10
+    assert len({tuple(plan.order(epoch)) for epoch in range(5)}) == 5
+
+
+def test_the_order_never_changes_between_versions():
+    """Frozen figures: a run begun with one version must be resumed by the next in the same order."""
+    assert shuffled(10, 0, 0, "shards").tolist() == FROZEN_SHUFFLE
+    assert Plan([5, 3, 8], seed=3, lanes=4).order(2).tolist() == FROZEN_ORDER
+
+
+FROZEN_SHUFFLE = [6, 8, 2, 9, 3, 1, 0, 4, 7, 5]
+FROZEN_ORDER = [5, 1, 11, 15, 0, 3, 10, 14, 6, 2, 9, 13, 7, 4, 8, 12]
+
+
+def test_a_window_keeps_a_reader_near_one_place():
+    plan = Plan([10_000], seed=0, lanes=4, window=50)
+    for lane in range(4):
+        ids = plan.lane(0, lane)
+        base = np.sort(ids)
+        assert np.abs(np.searchsorted(base, ids) - np.arange(len(ids))).max() < 50
+        assert (ids != base).mean() > 0.9
+    edges = [set(np.flatnonzero(np.maximum.accumulate(p) + 1 == np.arange(1, len(p) + 1)))
+             for p in (plan.lane(epoch, 0) - plan.lane(epoch, 0).min() for epoch in range(2))]  # fmt: skip
+    assert edges[0] != edges[1]  # windows do not fall on the same places each epoch
+
+
+@settings(max_examples=80, deadline=None)
+@given(COUNTS, COUNTS, st.floats(0, 3.5), st.floats(0.3, 2.0), LANES, st.booleans())
+def test_weights(first, second, one, two, lanes, shuffle):
+    plan = Plan([Source(tuple(first), one), Source(tuple(second), two)], 5, lanes, shuffle)
+    begin = 0
+    shown = Counter(plan.order(3).tolist())
+    for counts, weight in ((first, one), (second, two)):
+        total = sum(counts)
+        times = [shown[i] for i in range(begin, begin + total)]
+        assert set(times) <= {int(weight), int(weight) + 1}
+        assert sum(times) == int(weight) * total + round((weight - int(weight)) * total)
+        begin += total
+    assert sum(shown.values()) == len(plan)
+
+
+def test_a_half_is_another_half_each_epoch():
+    plan = Plan([Source((60, 40), 0.5)])
+    halves = [frozenset(plan.order(epoch).tolist()) for epoch in range(4)]
+    assert all(len(half) == 50 for half in halves) and len(set(halves)) == 4
+
+
+def test_end_of_an_epoch():
+    plan = Plan([5])
+    ids, cursor = plan.take(LaneCursor(0, 3), 4, wrap=False)
+    assert len(ids) == 2 and plan.take(cursor, 4, wrap=False) == ([], cursor)
+    ids, cursor = plan.take(LaneCursor(0, 3), 4)
+    assert len(ids) == 4 and cursor == LaneCursor(1, 2)
+
+
+def test_bad_plans_and_states_are_refused():
+    for bad in ([0, 0], [], [Source((5,), 0.0)], [Source((5,), -1.0)], [Source((5,), float("nan"))]):
+        with pytest.raises(UserError):
+            Plan(bad)
+    plan = Plan([4, 5])
+    state = plan.state(LaneCursor(1, 2))
+    assert plan.resume(state) == LaneCursor(1, 2)
+    for other in (Plan([5, 4]), Plan([4, 5], seed=1), Plan([Source((4, 5), 2.0)]), Plan([4, 5], lanes=8)):
+        with pytest.raises(UserError, match="cannot resume the data stream"):
+            other.resume(state)
+
+
+def test_a_large_plan_is_quick_to_enter_anywhere():
+    plan = Plan([10_000] * 100, seed=1)  # a million samples
+    assert 0 <= plan.at(4, 999_999) < 1_000_000
+    assert len(plan._lanes) == 1  # one lane was laid out, not 64

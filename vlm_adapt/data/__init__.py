@@ -1,0 +1,1 @@
+"""From tar shards to batches. Imports nothing, so that `--help` stays fast."""
