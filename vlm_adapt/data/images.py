@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_PIXELS = 100_000_000
+# What a photograph may come in; not the whole of PIL, whose rarer parsers call other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "MPO")
 _ORIENTATION = 0x0112  # the EXIF tag
 _EXIF_REGION = 1 << 16  # EXIF is one JPEG segment, near the start, of less than 64 KiB
@@ -53,12 +55,19 @@ def _flatten(image: PILImage.Image) -> PILImage.Image:
     return image.convert("RGB")
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this build of PIL reads."""
+    PILImage.init()
+    return tuple(name for name in FORMATS if name in PILImage.OPEN)
+
+
 def _open(data: bytes, max_pixels: int) -> PILImage.Image:
     """PIL's lazy image: header read, size checked, nothing decoded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's own warning on size, and on odd EXIF
-            image = PILImage.open(io.BytesIO(data), formats=FORMATS)
+            image = PILImage.open(io.BytesIO(data), formats=_formats())
     except PILImage.DecompressionBombError as error:
         raise BadSample("image too large", str(error)) from error
     except PILImage.UnidentifiedImageError as error:
@@ -88,7 +97,7 @@ def _orientation(data: bytes) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exif = PILImage.open(io.BytesIO(data), formats=("JPEG", "MPO")).getexif()
+            exif = PILImage.open(io.BytesIO(data), formats=("JPEG",)).getexif()
             return int(exif.get(_ORIENTATION, 1))
     except Exception:
         return 1  # unreadable EXIF says nothing about the pixels; every viewer shows them as they lie
