@@ -60,7 +60,7 @@ def test_modes():
     assert decode(encode(rgb.convert("1"))).shape == (48, 64, 3)
     cmyk = decode(encode(rgb.convert("CMYK"), "JPEG", quality=95))
     assert np.abs(cmyk.astype(int) - picture()).mean() < 15  # not a negative of it
-    grey16 = Image.fromarray((np.arange(256 * 4, dtype=np.uint16).reshape(4, 256) * 64))
+    grey16 = Image.fromarray(np.arange(256 * 4, dtype=np.uint16).reshape(4, 256) * 64)
     assert np.array_equal(decode(encode(grey16))[..., 1], np.asarray(grey16) >> 8)
 
 
@@ -118,7 +118,7 @@ def test_bombs_are_refused_by_their_header(data):
 
 
 def test_bad_files_are_named():
-    jpeg, png = encode(picture(), "JPEG"), encode(picture())
+    jpeg, png = encode(picture(200, 200), "JPEG"), encode(picture())
     for data, reason in [
         (b"", "empty image file"),
         (b"just a text that someone called a.jpg", "not an image"),

@@ -92,7 +92,7 @@ def _by_pil(data: bytes, max_pixels: int) -> np.ndarray:
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG, 1 to 8 (1 is upright)."""
-    if b"Exif\0\0" not in data[:_EXIF_REGION]:
+    if data.find(b"Exif\0\0", 0, _EXIF_REGION) < 0:
         return 1
     try:
         with warnings.catch_warnings():
