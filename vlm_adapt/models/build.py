@@ -1,0 +1,153 @@
+"""From a configuration to a model with everything that feeds it: the whole assembly on one screen.
+
+Knows which part comes from where; knows nothing about training or files of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_adapt import weights
+from vlm_adapt.adapt.plan import Plan, apply_plan
+from vlm_adapt.config.schema import Adapt, Model, Source
+from vlm_adapt.connectors import build_connector
+from vlm_adapt.data.encode import Encoder
+from vlm_adapt.data.reader import Reader
+from vlm_adapt.language.load import choose_template, load_language, load_tokenizer
+from vlm_adapt.models.vlm import VisionLanguageModel
+from vlm_adapt.template import Template
+from vlm_adapt.vision import build_tower
+
+
+@dataclass
+class Assembled:
+    """A model and what turns samples into its input.
+
+    Attributes:
+        plan: what of it trains; None before `adapt`.
+        stop_ids: tokens at which an answer ends.
+        dtype: of frozen weights and of the computation.
+    """
+
+    model: VisionLanguageModel
+    tokenizer: Any
+    template: Template
+    encoder: Encoder
+    stop_ids: set[int]
+    config: Model
+    dtype: torch.dtype
+    plan: Plan | None = None
+
+    def adapt(self, stages: Sequence[Sequence[Adapt]]) -> Plan:
+        """Apply the plan of the stages so far; the last one's methods train."""
+        unused = {"vision": set(self.model.vision.unused_modules(self.model.layers))}
+        self.plan = apply_plan(self.model.parts(), stages, unused)
+        return self.plan
+
+    def reader(self, sources: Sequence[Source], seed: int, max_pixels: int) -> Reader:
+        """Samples of these sources, ready for this model."""
+        spec = self.model.vision.image_spec
+        system = self.config.language.system
+        return Reader(sources, self.encoder, self.template, system, spec, seed, max_pixels)
+
+    @property
+    def collate_options(self) -> dict[str, Any]:
+        """What `collate` needs to know of this model."""
+        return {
+            "image_size": self.model.vision.image_spec.size,
+            "tokens_per_image": self.encoder.tokens_per_image,
+            "state_size": self.config.state_size,
+            "seq2seq": self.encoder.seq2seq,
+        }
+
+
+def build(config: Model, dtype: torch.dtype, seed: int = 0, tokenizer_folder: Path | None = None) -> Assembled:
+    """Tower, connector and language, with tokenizer, template and encoder.
+
+    Args:
+        dtype: of every weight and of the computation; what trains is raised to float32 by the plan.
+        seed: of the connector's initial weights (and of adapters attached right after).
+        tokenizer_folder: a checkpoint's own tokenizer.
+
+    Raises:
+        UserError: a part cannot be found or built.
+    """
+    language_path = _folder(config.language.model)
+    tokenizer = load_tokenizer(tokenizer_folder or language_path)
+    language_weights = config.language.weights
+    if language_weights.startswith(("package:", "file:")):
+        language_weights = f"file:{weights.resolve(language_weights)}"
+    language = load_language(language_path, language_weights, config.language.attention, dtype)
+
+    vision = config.vision
+    local = None
+    if vision.weights.startswith(("package:", "file:")):
+        resolved = weights.resolve(vision.weights)
+        assert resolved is not None
+        local = resolved if vision.model.startswith("hf:") else weights.tensors_file(resolved)
+    tower = build_tower(vision.model, vision.weights, vision.image_size, dtype, local, vision.options)
+
+    torch.manual_seed(seed)
+    connector = build_connector(
+        config.connector.name,
+        tower.widths(vision.layers),
+        tower.grids(vision.layers),
+        language.width,
+        embedding_rms=language.embedding_rms(),
+        **config.connector.options,
+    ).to(dtype)
+    model = VisionLanguageModel(tower, connector, language, vision.layers, config.state_size).to(dtype).eval()
+
+    prefix_lm = config.language.prefix_lm
+    template = choose_template(config.language.template, tokenizer, language.seq2seq, prefix_lm)
+    encoder = Encoder(
+        tokenizer,
+        connector.tokens_per_image,
+        config.language.max_length,
+        seq2seq=language.seq2seq,
+        start_id=getattr(language, "start_id", 0),
+        state_size=config.state_size,
+    )
+    stop_ids = _stop_ids(tokenizer, template, language.model)
+    return Assembled(model, tokenizer, template, encoder, stop_ids, config, dtype)
+
+
+def _folder(model: str) -> str | Path:
+    """A package's folder in the cache; any other name stays as it is."""
+    if model.startswith("package:"):
+        folder = weights.resolve(model)
+        assert folder is not None
+        return folder
+    return model.removeprefix("hf:")
+
+
+def _stop_ids(tokenizer: Any, template: Template, model: Any) -> set[int]:
+    """The end of a turn, and whatever the model itself ends with."""
+    stops = {tokenizer.eos_token_id}
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    stops |= set(ends) if isinstance(ends, list) else {ends}
+    end = tokenizer.encode(template.end, add_special_tokens=False) if template.end else []
+    if len(end) == 1:
+        stops.add(end[0])
+    return {stop for stop in stops if stop is not None}
+
+
+def compute_dtype(bf16: bool | str) -> torch.dtype:
+    """bfloat16 where it is asked for, or where `auto` finds hardware that is fast with it."""
+    if bf16 == "auto":
+        bf16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else _cpu_has_bf16()
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 itself; without, it is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
