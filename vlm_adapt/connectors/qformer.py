@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
@@ -48,7 +49,11 @@ class QFormerConnector(Connector):
                 raise UserError(
                     f"unknown setting '{setting}' of the Q-Former's config{nearest(setting, known)}"
                 )
-        settings = Blip2QFormerConfig(**{**(config or {}), "encoder_hidden_size": self.gather.width})
+        try:
+            settings = Blip2QFormerConfig(**{**(config or {}), "encoder_hidden_size": self.gather.width})
+        except (StrictDataclassError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"the Q-Former's config cannot be used: {reason}") from error
         if settings.hidden_size % settings.num_attention_heads:
             raise UserError(
                 f"the Q-Former's hidden_size {settings.hidden_size} is not a multiple of "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig
@@ -43,7 +44,7 @@ def load_model(name: str, source: Source) -> tuple[nn.Module, list[str]]:
     """
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise unreachable(f"hf:{name}", error) from error
     config = getattr(config, "vision_config", config)
     if type(config) not in MODEL_MAPPING:

@@ -181,7 +181,14 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool = 
         RESIZE.get(data["crop_mode"], "crop"),
         data["interpolation"] if data["interpolation"] in ("bilinear", "lanczos") else "bicubic",
     )
-    tower = TimmTower(trunk, resize_trunk(trunk, spec, image_size, name), final_norm)
+    try:
+        tower = TimmTower(trunk, resize_trunk(trunk, spec, image_size, name), final_norm)
+    except (AssertionError, RuntimeError) as error:
+        if image_size is None:
+            raise
+        raise UserError(
+            f"timm's '{name}' takes images of {spec.size[0]} pixels only, not {image_size}: leave image_size out"
+        ) from error
     tower.notes += notes
     return tower
 
