@@ -70,6 +70,7 @@ TOKENS = [
         "I cannot wait, gonna go :) \U0001f600 what?? #1 B&W and b&w",
         "i can not wait gon na go :-rrb- what ?? # 1 b&w and b & w",
     ),
+    ("one --- two ----- three .. four", "one two ----- three four"),
     ("", ""),
     ("Row b.", "row b"),
     ("The end", "the end"),

@@ -11,7 +11,7 @@ METRICS = Choices(
     "metric",
     {
         "caption": "vlm_adapt.metrics.caption:score",
-        "exact": "vlm_adapt.metrics.exact:score",
+        "exact_match": "vlm_adapt.metrics.exact:score",
         "vqa": "vlm_adapt.metrics.vqa:score",
     },
 )
@@ -20,7 +20,7 @@ SAMPLE_SCORES = Choices(
     "metric",
     {
         "caption": "vlm_adapt.metrics.caption:sample_scores",
-        "exact": "vlm_adapt.metrics.exact:sample_scores",
+        "exact_match": "vlm_adapt.metrics.exact:sample_scores",
         "vqa": "vlm_adapt.metrics.vqa:sample_scores",
     },
 )
