@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import (
@@ -67,6 +68,8 @@ def load_model(name: str, source: Source) -> tuple[nn.Module, list[str]]:
         path = str(source.path)
         if source.path.is_file():
             path, options["state_dict"] = None, read_state(source.path)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # what was left out is told by the notes, in one line
     try:
         model, report = model_class.from_pretrained(
             path,
@@ -81,6 +84,8 @@ def load_model(name: str, source: Source) -> tuple[nn.Module, list[str]]:
         raise UserError(f"the weights of '{path or source.path}' do not fit the tower: {shown}") from error
     except (OSError, ValueError) as error:
         raise unreachable(f"hf:{path or source.path}", error) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     where = path or str(source.path)
     unexpected = sorted(report["unexpected_keys"])
     left_out = [key for key in unexpected if key.removeprefix("vision_model.").startswith(LEFT_OUT)]

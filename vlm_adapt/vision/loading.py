@@ -7,6 +7,7 @@ Knows `hub:`, `file:` and `random:` and safetensors; knows nothing about any arc
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +149,12 @@ def unreachable(model: str, error: BaseException) -> UserError:
 
 
 def note_left_out(where: str, names: list[str]) -> list[str]:
-    """A note on weights that were not used, for `Tower.notes`."""
-    return [f"{len(names)} tensors of '{where}' are not part of the tower: {_some(names)}"] if names else []
+    """A note on weights that were not used, by the first part of their names, for `Tower.notes`."""
+    if not names:
+        return []
+    parts = Counter(name.removeprefix("vision_model.").partition(".")[0] for name in names)
+    shown = ", ".join(f"{part} ({count})" for part, count in sorted(parts.items()))
+    return [f"{len(names)} tensors of '{where}' are not part of the tower and were left out: {shown}"]
 
 
 def _some(names: list[str], limit: int = 8) -> str:

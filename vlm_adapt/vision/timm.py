@@ -187,7 +187,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool = 
         if image_size is None:
             raise
         raise UserError(
-            f"timm's '{name}' takes images of {spec.size[0]} pixels only, not {image_size}: leave image_size out"
+            f"timm's '{name}' takes images of {spec.size[0]} pixels only: leave image_size out"
         ) from error
     tower.notes += notes
     return tower
