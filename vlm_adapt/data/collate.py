@@ -35,6 +35,7 @@ class Batch:
         image_positions_IK: flat positions in [B*T] of each image's tokens; empty when there is none.
         states_SF, state_positions_S: state vectors and their flat positions.
         decoder_ids_BU: for encoder-decoders.
+        writers_BW: where answers begin after prompts: each branch's last token; -1 where a row has fewer.
         keys: the samples' keys, a row each.
         samples: how many samples of the stream went in (a sample may make several rows).
     """
@@ -52,6 +53,7 @@ class Batch:
     states_SF: Tensor
     state_positions_S: Tensor
     decoder_ids_BU: Tensor | None = None
+    writers_BW: Tensor | None = None
     keys: tuple[str, ...] = ()
     samples: int = 0
 
@@ -75,7 +77,6 @@ def collate(
     image_size: tuple[int, int],
     tokens_per_image: int,
     state_size: int = 0,
-    pad_left: bool = False,
     multiple: int = 1,
     samples: int | None = None,
     seq2seq: bool = False,
@@ -84,7 +85,6 @@ def collate(
 
     Args:
         image_size: (height, width), for the stand-in when no row has an image.
-        pad_left: for generation, so that all prompts end at the same column.
         multiple: T is rounded up to this.
         samples: what `Batch.samples` says; by default the number of rows.
     """
@@ -101,12 +101,11 @@ def collate(
     decoder_length = max((len(row.decoder_ids) for row in rows if row.decoder_ids is not None), default=1)
     decoder = np.zeros((count, decoder_length), np.int64) if seq2seq else None
     for number, row in enumerate(rows):
-        start = length - len(row) if pad_left else 0
-        place = slice(start, start + len(row))
+        place = slice(0, len(row))
         documents[number, place] = 1
         for name, grid in grids.items():
             grid[number, place] = getattr(row, name)
-        offset = number * length + start
+        offset = number * length
         if decoder is not None and row.decoder_ids is not None:
             decoder[number, : len(row.decoder_ids)] = row.decoder_ids
             predict_from.append(row.predict_from + number * decoder_length)
@@ -125,7 +124,7 @@ def collate(
         blocks_BT=torch.from_numpy(grids["blocks"]),
         branches_BT=torch.from_numpy(grids["branches"]),
         positions_BT=torch.from_numpy(grids["positions"]),
-        plain=all(row.plain for row in rows) and not (pad_left and len({len(row) for row in rows}) > 1),
+        plain=all(row.plain for row in rows),
         predict_from_N=torch.from_numpy(_joined(predict_from)),
         targets_N=torch.from_numpy(_joined(targets)),
         pixels_ICHW=torch.from_numpy(np.stack(images or stand_in)),
@@ -137,9 +136,18 @@ def collate(
         ),
         state_positions_S=torch.from_numpy(_joined(state_positions)),
         decoder_ids_BU=None if decoder is None else torch.from_numpy(decoder),
+        writers_BW=torch.from_numpy(_writers(rows)),
         keys=tuple(row.key for row in rows),
         samples=len(rows) if samples is None else samples,
     )
+
+
+def _writers(rows: Sequence[Encoded]) -> np.ndarray:
+    ends = [row.ends() for row in rows] or [[0]]
+    writers = np.full((len(ends), max(len(end) for end in ends)), -1, np.int64)
+    for number, end in enumerate(ends):
+        writers[number, : len(end)] = end
+    return writers
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

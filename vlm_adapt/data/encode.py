@@ -56,6 +56,11 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def ends(self) -> list[int]:
+        """The last token of every branch, or of the row when it has none: where answers would begin."""
+        last = {int(branch): place for place, branch in enumerate(self.branches)}
+        return [last[branch] for branch in sorted(last) if branch > 0] or [len(self.ids) - 1]
+
     @property
     def plain(self) -> bool:
         """Whether this is one causal text without branches, which needs no mask."""

@@ -128,12 +128,18 @@ class Reader:
         state = {"state": sample.record["state"]} if "state" in sample.record else {}
         return self.rows(sample, whole.training(everything | state, len(sample.images), _generator(0, 0, 0)))
 
-    def prompts(self, sample: Sample, phrasing: Phrasing) -> list[Prompt]:
-        """Every question of a sample, encoded up to where the answer begins."""
-        pixels = self.pixels(sample)
+    def prompts(self, sample: Sample, phrasing: Phrasing, images: Sequence[bytes] | None = None) -> list[Prompt]:
+        """Every question of a sample, encoded up to where its answer begins.
+
+        Args:
+            images: shown in place of the sample's own (for the blind score).
+        """
+        pixels = self.pixels(sample if images is None else replace(sample, images=list(images)))
         prompts = []
         for asked in _clear(phrasing.evaluation, sample.record, len(sample.images)):
             row = _clear(self.encoder.encode, asked.sentence, len(sample.images), sample.key, learn=False)
+            if row.cut:
+                raise BadSample("the questions on one image are too long for max_length")
             row.pixels = pixels
             prompts.append(Prompt(row, asked, sample.key))
         return prompts

@@ -59,39 +59,61 @@ class CausalLanguage(Language):
 
     @torch.no_grad()
     def generate(self, inputs: LanguageInput, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
-        """Write an answer for every row of prompts.
+        """Write an answer after every writer of every row, all at once.
+
+        Branches of a row go on in parallel: one step feeds one token of each, which sees the prefix,
+        its own branch and what it has written. So the questions of an image share one cache.
 
         Args:
-            inputs: prompts padded on the LEFT, with `allow_BTT` set when a row is padded.
+            inputs: prompts padded on the right; `writers_BW` are the positions after which answers
+                begin, -1 where a row has fewer; by default each row's last token.
 
         Returns:
-            token ids of each row, without the stop token.
+            token ids, without the stop token, for every writer in order (a row's writers together).
         """
-        output = self._run(inputs, use_cache=True)
-        valid_BK, dtype = inputs.valid_BT, inputs.embeds_BTD.dtype
-        keys_BK = inputs.positions_BT
+        valid_BK, dtype, device = inputs.valid_BT, inputs.embeds_BTD.dtype, inputs.embeds_BTD.device
+        writers_BW = inputs.writers_BW
+        if writers_BW is None:
+            writers_BW = (valid_BK.sum(1) - 1)[:, None]
+        there_BW = writers_BW >= 0
+        at_BW = writers_BW.clamp_min(0)
+        keys_BK, branches_BK = inputs.positions_BT, inputs.branches_BT
         if keys_BK is None:
-            keys_BK = torch.arange(valid_BK.shape[1], device=valid_BK.device).expand_as(valid_BK)
-        cache = output.past_key_values
+            keys_BK = torch.arange(valid_BK.shape[1], device=device).expand_as(valid_BK)
+        if branches_BK is None:
+            branches_BK = torch.zeros_like(keys_BK)
+        branch_BW, next_BW = branches_BK.gather(1, at_BW), keys_BK.gather(1, at_BW) + 1
+        masked = inputs.allow_BTT is not None or not bool(there_BW.all()) or writers_BW.shape[1] > 1
 
-        def step(ids_B: Tensor) -> Tensor:
-            nonlocal valid_BK, keys_BK
-            next_B1 = keys_BK[:, -1:] + 1
-            valid_BK = torch.cat([valid_BK, torch.ones_like(valid_BK[:, :1])], 1)
-            keys_BK = torch.cat([keys_BK, next_B1], 1)
+        output = self._run(inputs, use_cache=True)
+        cache, hidden_BTD = output.past_key_values, output.last_hidden_state
+        first_BWD = hidden_BTD.gather(1, at_BW[:, :, None].expand(-1, -1, hidden_BTD.shape[-1]))
+
+        def step(ids_N: Tensor) -> Tensor:
+            nonlocal valid_BK, keys_BK, branches_BK, next_BW
+            ids_BW = torch.zeros_like(at_BW)
+            ids_BW[there_BW] = ids_N
+            valid_BK = torch.cat([valid_BK, there_BW], 1)
+            keys_BK = torch.cat([keys_BK, next_BW], 1)
+            branches_BK = torch.cat([branches_BK, branch_BW], 1)
             mask = None
-            if inputs.allow_BTT is not None:
-                mask = self._masks(valid_BK[:, None], next_B1, keys_BK, dtype)
+            if masked:
+                key_branch = branches_BK[:, None, :]
+                allow_BWK = valid_BK[:, None, :] & ((key_branch == 0) | (key_branch == branch_BW[:, :, None]))
+                count = writers_BW.shape[1]
+                allow_BWK[:, :, -count:] |= torch.eye(count, dtype=torch.bool, device=device)
+                mask = self._masks(allow_BWK, next_BW, keys_BK, dtype)
             output = self.decoder(
-                inputs_embeds=self.embed(ids_B[:, None]).to(dtype),
+                inputs_embeds=self.embed(ids_BW).to(dtype),
                 attention_mask=mask,
-                position_ids=next_B1,
+                position_ids=next_BW,
                 past_key_values=cache,
                 use_cache=True,
             )
-            return self.logits(output.last_hidden_state[:, -1])
+            next_BW = next_BW + 1
+            return self.logits(output.last_hidden_state[there_BW])
 
-        return decode(self.logits(output.last_hidden_state[:, -1]), step, settings, stop_ids)
+        return decode(self.logits(first_BWD[there_BW]), step, settings, stop_ids)
 
 
 def block_list(module: nn.Module, count: int) -> nn.ModuleList:

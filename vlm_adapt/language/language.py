@@ -29,6 +29,8 @@ class LanguageInput:
             the right, which backends handle without a mask.
         positions_BT: position of each token in its own sample; None counts from 0.
         decoder_ids_BU: what the decoder reads (encoder-decoder only).
+        branches_BT, writers_BW: for generation: each token's branch, and the positions after which
+            answers begin (-1 where a row has fewer).
     """
 
     embeds_BTD: Tensor
@@ -36,6 +38,8 @@ class LanguageInput:
     allow_BTT: Tensor | None = None
     positions_BT: Tensor | None = None
     decoder_ids_BU: Tensor | None = None
+    branches_BT: Tensor | None = None
+    writers_BW: Tensor | None = None
 
 
 @dataclass
@@ -138,7 +142,7 @@ class Language(nn.Module):
         return nn.functional.cross_entropy(self.logits(hidden_ND).float(), targets_N, reduction="none")
 
     def generate(self, inputs: LanguageInput, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
-        """Write an answer for every row; ids without the stop token."""
+        """Write an answer for every row (or every writer of a row); ids without the stop token."""
         raise AttributeError("a kind of language defines its generation")
 
     def set_activation_checkpointing(self, enabled: bool) -> None:

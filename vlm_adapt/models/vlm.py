@@ -38,6 +38,7 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.vision, self.connector, self.language = tower, connector, language
         self.layers, self.state_size = tuple(layers), state_size
+        self.compute_dtype = next(language.parameters()).dtype
         self.state_projector = (
             nn.Sequential(
                 nn.Linear(state_size, language.width), nn.GELU(), nn.Linear(language.width, language.width)
@@ -62,7 +63,7 @@ class VisionLanguageModel(nn.Module):
 
     def inputs(self, batch: Batch) -> LanguageInput:
         """Steps 1 to 4: everything before the language."""
-        embeds_BTD = self.language.embed(batch.ids_BT)
+        embeds_BTD = self.language.embed(batch.ids_BT).to(self.compute_dtype)
         tokens_NKD = self.image_tokens(batch.pixels_ICHW)
         embeds_BTD = splice(embeds_BTD, tokens_NKD.flatten(0, 1), batch.image_positions_IK.flatten())
         if self.state_projector is not None:
@@ -74,7 +75,14 @@ class VisionLanguageModel(nn.Module):
         if batch.plain or self.language.seq2seq:
             return LanguageInput(embeds_BTD, valid_BT, decoder_ids_BU=batch.decoder_ids_BU)
         allow_BTT = attention_mask(batch.documents_BT, batch.blocks_BT, batch.branches_BT)
-        return LanguageInput(embeds_BTD, valid_BT, allow_BTT, batch.positions_BT, batch.decoder_ids_BU)
+        return LanguageInput(
+            embeds_BTD,
+            valid_BT,
+            allow_BTT,
+            batch.positions_BT,
+            branches_BT=batch.branches_BT,
+            writers_BW=batch.writers_BW,
+        )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum of token losses (float32 scalar) and each target's own loss [N], detached."""
@@ -87,7 +95,7 @@ class VisionLanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, batch: Batch, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
-        """Answers to prompts padded on the left; ids of each row without the stop token."""
+        """An answer for every writer of the batch, in order; ids without the stop token."""
         return self.language.generate(self.inputs(batch), settings, stop_ids)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:

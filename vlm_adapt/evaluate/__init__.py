@@ -1,0 +1,1 @@
+"""Scores on held-out samples. Imports nothing, so that `--help` stays fast."""

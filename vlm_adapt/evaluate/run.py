@@ -1,0 +1,288 @@
+"""Held-out loss and scores of generated text, with the sample's own image and, on request, blind.
+
+Knows how samples are shared out, batched, asked and scored; knows nothing about training. Blind means:
+each sample is shown another sample's image, so everyone sees what the image is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vlm_adapt import dist
+from vlm_adapt.config.schema import Data, Evaluate
+from vlm_adapt.data.collate import collate
+from vlm_adapt.data.encode import Encoded
+from vlm_adapt.data.phrase import Question
+from vlm_adapt.data.problems import Account, BadSample
+from vlm_adapt.data.reader import Reader
+from vlm_adapt.data.sample import Sample
+from vlm_adapt.errors import UserError
+from vlm_adapt.language.language import Generation
+from vlm_adapt.metrics import METRICS, SAMPLE_SCORES
+from vlm_adapt.models.build import Assembled
+
+
+@dataclass
+class Scores:
+    """What an evaluation found: `metrics` for `metrics.json`, a prediction a question."""
+
+    metrics: dict[str, Any]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+    def value(self, name: str) -> float | None:
+        """A metric by name; dots reach inside (`accuracy_by_kind.color`)."""
+        node: Any = self.metrics
+        for key in name.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+        return float(node) if isinstance(node, int | float) else None
+
+    def line(self) -> str:
+        """The main figures in a line."""
+        plain = {k: v for k, v in self.metrics.items() if isinstance(v, float) and not math.isnan(v)}
+        kinds = self.metrics.get("accuracy_by_kind", {})
+        return "  ".join(f"{key} {value:.4g}" for key, value in {**plain, **kinds}.items())
+
+
+@dataclass
+class _Item:
+    """A sample to score: its own images and those of another sample."""
+
+    number: int
+    sample: Sample
+    phrasing: Any
+    other: Sample | None
+
+
+def evaluate(
+    assembled: Assembled,
+    data: Data,
+    settings: Evaluate,
+    limit: int | None = None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    device: torch.device | None = None,
+    synced: bool = False,
+    seed: int = 0,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Scores:
+    """Score a model on `data.evaluate`.
+
+    Args:
+        limit: only so many samples, spread evenly over the sources; the metrics name both numbers.
+        autocast: context of the forward passes.
+        synced: every rank runs as many batches as the busiest (for collectives inside the model).
+        tell: called with batches done and in all.
+
+    Raises:
+        UserError: nothing is held out, or no sample could be used.
+    """
+    if not data.evaluate:
+        raise UserError("there is nothing to evaluate on: give data.evaluate shards")
+    reader = assembled.reader(data.evaluate, seed, data.max_pixels)
+    numbers = reader.limited()
+    chosen = _spread(numbers, limit)
+    runner = _Runner(assembled, reader, settings, autocast, device or torch.device("cpu"), synced, tell)
+    assembled.model.eval()
+    rows = runner.run(chosen[dist.rank() :: dist.world_size()], chosen)
+    rows = [row for part in dist.gather(rows) for row in part]
+    rows.sort(key=lambda row: (row["number"], row["question_number"]))
+    account = Account()
+    for part in dist.gather(runner.account.to_dict()):
+        account.merge(Account.from_dict(part))
+    if not rows:
+        raise UserError(f"none of {len(chosen)} held-out samples could be used: {account.to_dict()['refused']}")
+    metrics = _metrics(rows, settings)
+    losses = [part for parts in dist.gather(runner.losses) for part in parts]
+    metrics |= _loss_metrics(losses)
+    metrics |= {"samples": len(chosen), "samples_available": len(numbers), "account": account.to_dict()}
+    for row in rows:
+        del row["number"], row["question_number"]
+    return Scores(metrics, rows)
+
+
+class _Runner:
+    """Batches of one rank."""
+
+    def __init__(
+        self,
+        assembled: Assembled,
+        reader: Reader,
+        settings: Evaluate,
+        autocast: Callable[[], AbstractContextManager[None]],
+        device: torch.device,
+        synced: bool,
+        tell: Callable[[int, int], None],
+    ):
+        self.assembled, self.reader, self.settings = assembled, reader, settings
+        self.autocast, self.device, self.synced, self.tell = autocast, device, synced, tell
+        self.account = Account()
+        self.losses: list[tuple[float, float, int]] = []  # (own, other, tokens) of each sample
+
+    def run(self, mine: Sequence[int], everyone: Sequence[int]) -> list[dict[str, Any]]:
+        """Score this rank's samples; a row a question."""
+        size = max(1, self.settings.batch_size // 4 if self._several() else self.settings.batch_size)
+        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+        total = int(max(dist.gather(len(batches))))
+        rows: list[dict[str, Any]] = []
+        for number in range(total):
+            items = list(self._items(batches[number] if number < len(batches) else [], everyone))
+            rows += self._answers(items)
+            self._losses(items)
+            self.tell(number + 1, total)
+        return rows
+
+    def _several(self) -> bool:
+        return any("questions" in self.reader.sample(n)[0].record for n in self.reader.limited()[:1])
+
+    def _items(self, numbers: Sequence[int], everyone: Sequence[int]) -> Iterator[_Item]:
+        for number in numbers:
+            try:
+                sample, phrasing = self.reader.sample(number)
+                self.reader.prompts(sample, phrasing)
+                self.reader.references(sample, phrasing)
+            except BadSample as error:
+                self.account.refuse(self.reader.key(number), error)
+                continue
+            self.account.use()
+            other = self._other(number, len(sample.images), everyone) if self.settings.blind else None
+            yield _Item(number, sample, phrasing, other)
+
+    def _other(self, number: int, images: int, everyone: Sequence[int]) -> Sample | None:
+        """Another sample with as many images, about half the set away; None when there is none."""
+        place = everyone.index(number)
+        half = max(1, len(everyone) // 2)
+        for distance in range(half, half + len(everyone)):
+            candidate = everyone[(place + distance) % len(everyone)]
+            if candidate == number or not images:
+                continue
+            try:
+                sample = self.reader.sample(candidate)[0]
+                self.reader.pixels(sample)
+            except BadSample:
+                continue
+            if len(sample.images) == images:
+                return sample
+        return None
+
+    def _answers(self, items: list[_Item]) -> list[dict[str, Any]]:
+        own = self._generate([(item, item.sample.images) for item in items])
+        blind: list[list[str]] | None = None
+        if self.settings.blind:
+            blind = self._generate([(i, (i.other or i.sample).images) for i in items])
+        rows = []
+        for place, item in enumerate(items):
+            for number, (question, prediction) in enumerate(zip(self._questions(item), own[place], strict=True)):
+                row = {
+                    "number": item.number,
+                    "question_number": number,
+                    "key": item.sample.key,
+                    "id": question.id,
+                    "question": question.text,
+                    "answers": list(question.answers),
+                    "prediction": prediction,
+                    "kind": question.kind,
+                }
+                if blind is not None:
+                    row["blind_prediction"] = blind[place][number]
+                rows.append(row)
+        return rows
+
+    def _questions(self, item: _Item) -> list[Question]:
+        asked = item.phrasing.evaluation(item.sample.record, len(item.sample.images))
+        return [question for one in asked for question in one.questions]
+
+    def _generate(self, pairs: Sequence[tuple[_Item, list[bytes]]]) -> list[list[str]]:
+        """For every item the answers to its questions, in order."""
+        prompts = [(i, p) for i, (item, images) in enumerate(pairs)
+                   for p in self.reader.prompts(item.sample, item.phrasing, images)]
+        if not prompts and not self.synced:
+            return []
+        batch = collate([p.row for _, p in prompts], **self.assembled.collate_options).to(self.device)
+        settings = Generation(self.settings.max_new_tokens, synced=self.synced)
+        with self.autocast():
+            written = self.assembled.model.generate(batch, settings, self.assembled.stop_ids)
+        texts = iter([self.assembled.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written])
+        answers: list[list[str]] = [[] for _ in pairs]
+        for place, prompt in prompts:
+            answers[place] += [next(texts) for _ in prompt.asked.questions]
+        return answers
+
+    def _losses(self, items: list[_Item]) -> None:
+        own = self._loss([(item, None) for item in items])
+        if self.settings.blind:
+            other = self._loss([(item, item.other) for item in items])
+            self.losses += [(a, b, n) for (a, n), (b, _) in zip(own, other, strict=True)]
+        else:
+            self.losses += [(a, math.nan, n) for a, n in own]
+
+    def _loss(self, pairs: Sequence[tuple[_Item, Sample | None]]) -> list[tuple[float, int]]:
+        """Sum of token losses and number of learned tokens of each item's references."""
+        rows: list[Encoded] = []
+        owners: list[int] = []
+        for place, (item, other) in enumerate(pairs):
+            found = self.reader.references(item.sample, item.phrasing)
+            if other is not None:
+                pixels = self.reader.pixels(other)
+                for row in found:
+                    row.pixels = pixels
+            rows += found
+            owners += [place] * len(found)
+        if not rows and not self.synced:
+            return []
+        batch = collate(rows, **self.assembled.collate_options).to(self.device)
+        with torch.no_grad(), self.autocast():
+            _, losses_N = self.assembled.model(batch)
+        width = batch.ids_BT.shape[1] if batch.decoder_ids_BU is None else batch.decoder_ids_BU.shape[1]
+        places = (batch.predict_from_N // width).cpu().numpy()
+        sums, counts = np.zeros(len(pairs)), np.zeros(len(pairs), int)
+        if len(places):
+            np.add.at(sums, np.array(owners)[places], losses_N.float().cpu().numpy())
+            np.add.at(counts, np.array(owners)[places], 1)
+        return list(zip(sums.tolist(), counts.tolist(), strict=True))
+
+
+def _spread(numbers: list[int], limit: int | None) -> list[int]:
+    if limit is None or limit >= len(numbers):
+        return numbers
+    return [numbers[i * len(numbers) // limit] for i in range(limit)]
+
+
+def _metrics(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
+    predictions, references = [row["prediction"] for row in rows], [row["answers"] for row in rows]
+    kinds = [row["kind"] for row in rows]
+    known = kinds if any(kind is not None for kind in kinds) else None
+    metrics: dict[str, Any] = {}
+    blind: dict[str, Any] = {}
+    for name in settings.metrics:
+        metrics |= METRICS.load(name)(predictions, references, known)
+        if settings.blind:
+            blind |= METRICS.load(name)([row["blind_prediction"] for row in rows], references, known)
+    metrics["questions"] = metrics.pop("samples", len(rows))
+    if settings.blind:
+        blind.pop("samples", None)
+        metrics["blind"] = blind
+    if settings.metrics:
+        for row, score in zip(rows, SAMPLE_SCORES.load(settings.metrics[0])(predictions, references), strict=True):
+            row["score"] = float(score)
+    return metrics
+
+
+def _loss_metrics(losses: list[tuple[float, float, int]]) -> dict[str, Any]:
+    """Token-weighted held-out loss; with blind losses, what the image is worth in nats a token."""
+    losses = [one for one in losses if one[2]]
+    if not losses:
+        return {}
+    own, other, counts = (np.array(column, float) for column in zip(*losses, strict=True))
+    metrics: dict[str, Any] = {"loss": float(own.sum() / counts.sum())}
+    if not np.isnan(other).any():
+        gains = (other - own) / counts
+        spread = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else math.nan
+        metrics["blind_loss"] = float(other.sum() / counts.sum())
+        metrics["image_gain"] = {"nats_per_token": float(gains.mean()), "standard_error": spread}
+    return metrics

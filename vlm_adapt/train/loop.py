@@ -1,0 +1,258 @@
+"""One stage of a run, step by step: count, run, update, record, save, evaluate.
+
+Knows the order of things; each thing itself lives elsewhere. The loss is divided once, by the learned
+tokens of the whole step over all ranks and microbatches.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlm_adapt import dist
+from vlm_adapt.config.schema import Run
+from vlm_adapt.data.lanes import LaneCursor, Plan, Source
+from vlm_adapt.data.problems import Account
+from vlm_adapt.data.stream import Shape, Step, Stream
+from vlm_adapt.errors import UserError
+from vlm_adapt.evaluate.run import Scores, evaluate
+from vlm_adapt.models.build import Assembled
+from vlm_adapt.train import checkpoint
+from vlm_adapt.train.contract import Contract
+from vlm_adapt.train.engine import Engine
+from vlm_adapt.train.journal import Journal
+from vlm_adapt.train.optim import rate_factor
+from vlm_adapt.train.progress import Progress
+from vlm_adapt.train.signals import Signals
+
+ENOUGH_TO_JUDGE = 50  # samples read before a share of refusals can stop a run
+
+
+@dataclass
+class Totals:
+    """What a run has done so far; saved with every checkpoint."""
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    best: float | None = None
+    account: dict[str, Any] = field(default_factory=lambda: Account().to_dict())
+
+
+class StageLoop:
+    """Trains one stage.
+
+    Args:
+        run: the whole run, saved with checkpoints; `stage_run` is the run of this stage.
+        resume: state and folder of the checkpoint to go on from, when it is of this stage.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        stage_name: str,
+        stage_run: Run,
+        assembled: Assembled,
+        totals: Totals,
+        journal: Journal,
+        signals: Signals,
+        resume: tuple[dict[str, Any], Path] | None,
+    ):
+        self.run, self.name, self.stage_run, self.assembled = run, stage_name, stage_run, assembled
+        self.totals, self.journal, self.signals = totals, journal, signals
+        self.output = Path(run.output_dir)
+        train = stage_run.train
+        if not stage_run.data.train:
+            raise UserError(f"stage '{stage_name}' has nothing to train on: give data.train shards")
+        reader = assembled.reader(stage_run.data.train, run.seed, stage_run.data.max_pixels)
+        sources = [
+            Source(one.counts if source.limit is None else _limited(one.counts, source.limit), source.weight)
+            for one, source in zip(reader.sets, stage_run.data.train, strict=True)
+        ]
+        if any(source.limit is not None for source in stage_run.data.train[:-1]):
+            raise UserError("data.train: a limit is possible for the last source only")
+        plan = Plan(sources, run.seed + totals.stage, stage_run.data.lanes, stage_run.data.shuffle)
+        shape = Shape(
+            train.per_device_train_batch_size, train.gradient_accumulation_steps, dist.rank(), dist.world_size()
+        )
+        options = assembled.collate_options | {"multiple": 8 if torch.cuda.is_available() else 1}
+        self.stream = Stream(reader, plan, shape, options, stage_run.data.workers)
+        self.total = train.max_steps or round(train.num_train_epochs * self.stream.steps_per_epoch)
+        assembled.model.set_activation_checkpointing(train.gradient_checkpointing)
+        assert assembled.plan is not None
+        groups = assembled.plan.groups(train.learning_rate)
+        declared = [pair for _, _, pairs in groups for pair in pairs]
+        self.contract = Contract(assembled.model, declared)
+        self.engine = Engine(assembled.model, groups, train, assembled.dtype)
+        self.contract.start()
+        self.cursor, self.account = LaneCursor(), Account.from_dict(totals.account)
+        if resume is not None:
+            state, folder = resume
+            self.cursor = plan.resume(state["cursor"])
+            self.engine.load_moments(checkpoint.read_moments(folder), state["optimizer_step"])
+            checkpoint.restore_random(folder, state, run.seed)
+        else:
+            torch.manual_seed(hash((run.seed, totals.stage, dist.rank())) % 2**63)
+            if dist.is_main():
+                self.account.lose_all(reader.problems)
+        self.saved_at = -1
+
+    def train(self) -> bool:
+        """Train to the stage's end.
+
+        Returns:
+            False when a signal asked to stop; the state is saved either way.
+        """
+        totals, train = self.totals, self.stage_run.train
+        todo = self.total - totals.stage_step
+        progress = Progress(self.name, self.total, totals.stage_step, quiet=not dist.is_main())
+        with progress:
+            for step in self.stream.steps(self.cursor, todo):
+                line, stop = self._step(step)
+                progress.update(line)
+                if totals.step % train.logging_steps == 0 or totals.stage_step == self.total:
+                    self.journal.step(line)
+                last = totals.stage_step == self.total
+                if train.save_steps and totals.step % train.save_steps == 0 or stop or last:
+                    self._save()
+                if not stop and train.eval_steps and totals.step % train.eval_steps == 0 and not last:
+                    self._evaluate(progress)
+                if stop:
+                    return False
+        return True
+
+    def _step(self, step: Step) -> tuple[dict[str, Any], bool]:
+        totals, engine, train = self.totals, self.engine, self.stage_run.train
+        started = time.perf_counter()
+        # 1 count over all ranks and microbatches, once
+        counts = [
+            float(sum(len(batch.targets_N) for batch in step.batches)),
+            float(sum(batch.tokens for batch in step.batches)),
+            float(step.account.used),
+            float(step.account.read),
+            float(step.account.refusals),
+            float(self.signals.asked),
+        ]
+        learned, tokens, used, _, _, stop = dist.total(counts)
+        # 2 forward and backward, 3 update
+        engine.module.train()
+        loss_sum, norm = 0.0, 0.0
+        for number, batch in enumerate(step.batches):
+            last = number == len(step.batches) - 1
+            part, _ = engine.forward_backward(batch.to(engine.device), learned)
+            loss_sum += part
+            norm = engine.step(rate_factor(totals.stage_step, self.total, train), boundary=last) or norm
+        self.contract.after_step()
+        # 4 account
+        self.account.merge(step.account)
+        self.cursor = step.cursor
+        loss = dist.total([loss_sum])[0] / max(1.0, learned)
+        totals.step += 1
+        totals.stage_step += 1
+        totals.samples += int(used)
+        totals.tokens += int(tokens)
+        self._check(loss)
+        seconds = time.perf_counter() - started + step.wait
+        line = {
+            "step": totals.step,
+            "stage": self.name,
+            "epoch": step.cursor.epoch,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": engine.rates(),
+            "samples": totals.samples,
+            "tokens": totals.tokens,
+            "learned_tokens": int(learned),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "memory": _memory(),
+            "data_wait": round(step.wait, 4),
+            "seconds": round(seconds, 4),
+        }
+        return line, bool(stop)
+
+    def _check(self, loss: float) -> None:
+        if not torch.isfinite(torch.tensor(loss)):
+            raise UserError(
+                f"the loss became {loss} at step {self.totals.step}: lower the learning rate; "
+                f"the last good checkpoint is in '{self.output}'"
+            )
+        read, refused = self.account.read, self.account.refusals
+        if read >= ENOUGH_TO_JUDGE and refused > self.stage_run.data.max_refused * read:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.account.refused.items())
+            raise UserError(
+                f"{refused} of {read} samples were refused ({reasons}), over data.max_refused "
+                f"{self.stage_run.data.max_refused}: `vlm-adapt shards inspect` names them"
+            )
+
+    def _save(self) -> Path | None:
+        if self.saved_at == self.totals.step:
+            return None
+        merged = Account()
+        for part in dist.gather(self.account.to_dict()):
+            merged.merge(Account.from_dict(part))
+        # The merged account becomes the main rank's own; the others start from nothing.
+        self.account = merged if dist.is_main() else Account()
+        self.totals.account = merged.to_dict()
+        state = asdict(self.totals) | {"cursor": self.stream.plan.state(self.cursor), "stage_name": self.name}
+        keep = self.stage_run.train.save_total_limit
+        folder = checkpoint.save(self.output, self.run, self.assembled, self.engine, state, keep)
+        self.saved_at = self.totals.step
+        self.journal.event("save", step=self.totals.step, checkpoint=folder.name)
+        return folder
+
+    def _evaluate(self, progress: Progress) -> None:
+        """Scores on held-out samples inside training; the best checkpoint is kept."""
+        scores = self.score(self.stage_run.evaluate.limit)
+        if scores is None:
+            return
+        best = scores.value(self.stage_run.evaluate.best_metric)
+        better = best is not None and (
+            self.totals.best is None
+            or (best > self.totals.best) == self.stage_run.evaluate.greater_is_better and best != self.totals.best
+        )
+        if better:
+            self.totals.best = best
+        self._save()
+        if better and dist.is_main():
+            checkpoint.point_best(self.output, f"checkpoint-{self.totals.step}")
+        progress.note(f"step {self.totals.step}: {scores.line()}")
+
+    def score(self, limit: int | None) -> Scores | None:
+        """Evaluate the model as it is; None when there is nothing held out."""
+        if not self.stage_run.data.evaluate:
+            return None
+        scores = evaluate(
+            self.assembled,
+            self.stage_run.data,
+            self.stage_run.evaluate,
+            limit=limit,
+            autocast=self.engine.autocast,
+            device=self.engine.device,
+            synced=dist.world_size() > 1,
+            seed=self.run.seed,
+        )
+        self.journal.event("evaluate", step=self.totals.step, metrics=scores.metrics)
+        return scores
+
+
+def _limited(counts: tuple[int, ...], limit: int) -> tuple[int, ...]:
+    kept = []
+    for count in counts:
+        kept.append(min(count, limit))
+        limit -= kept[-1]
+    return tuple(kept)
+
+
+def _memory() -> int:
+    """Peak bytes: of the GPU if there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
