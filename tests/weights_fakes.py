@@ -36,7 +36,8 @@ def wheel(folder: Path, content: dict[str, bytes] = CONTENT) -> Path:
 def source_archive(folder: Path, marker: Path) -> Path:
     """`fake_part-1.0.tar.gz` whose setup.py would write `marker` if anything ran it."""
     path = folder / "fake_part-1.0.tar.gz"
-    setup = f"open({str(marker)!r}, 'w').write('ran')\nimport setuptools\nsetuptools.setup(name='fake-part')\n"
+    setup = f"open({str(marker)!r}, 'w').write('ran')\n"
+    setup += "import setuptools\nsetuptools.setup(name='fake-part')\n"
     files = {"setup.py": setup.encode(), "PKG-INFO": b"Name: fake-part\nVersion: 1.0\n", **CONTENT}
     with tarfile.open(path, "w:gz") as out:
         for name, data in files.items():

@@ -67,9 +67,9 @@ class Archive:
                         yield info.filename, stream
         elif self._tar is not None:
             for member in self._tar:
-                stream = self._tar.extractfile(member) if member.isreg() else None
-                if stream is not None:
-                    yield member.name, stream
+                content = self._tar.extractfile(member) if member.isreg() else None
+                if content is not None:
+                    yield member.name, content
 
     def read(self, *suffixes: str) -> list[bytes]:
         """The contents of the members whose path ends with each of `suffixes`, in that order.

@@ -50,7 +50,7 @@ def no_room(folder: Path) -> UserError:
     except OSError:
         free = "free space unknown"
     return UserError(
-        f"no room left in {folder} ({free}): free some space, or point VLM_ADAPT_CACHE at another disk; "
+        f"not enough room in {folder} ({free}): free some space, or point VLM_ADAPT_CACHE at another disk; "
         "nothing half-written was kept"
     )
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlm_adapt.errors import UserError
@@ -119,24 +119,24 @@ def pip_command(package: Package, folder: Path) -> tuple[list[str], dict[str, st
 
 def _download(package: Package, folder: Path) -> Path:
     command, environment = pip_command(package, folder)
-    log = folder / "pip.log"
+    log = b""
     shown = Progress(package.requirement, package.size, folder, package.archive)
-    with open(log, "wb") as out, shown:
+    with shown:
+        # Its words are kept in memory: on a full disk a log file would lose the very line that says so.
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment
-        )
+            command, env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
         try:
-            while process.poll() is None:
+            while process.returncode is None:
                 shown.look()
-                try:
-                    process.wait(0.2)
-                except subprocess.TimeoutExpired:
-                    continue
+                with suppress(subprocess.TimeoutExpired):
+                    log, _ = process.communicate(timeout=0.2)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    text = log.read_text(encoding="utf-8", errors="replace")
+    text = log.decode("utf-8", errors="replace")
     path = folder / "got" / package.archive
     if process.returncode != 0 or not path.is_file():
         raise _failure(package, text)

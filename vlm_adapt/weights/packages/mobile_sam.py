@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ENCODER = "image_encoder."
-_RULES = [
+_RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^patch_embed\.seq\.0\.", "patch_embed.conv1."),
     (r"^patch_embed\.seq\.2\.", "patch_embed.conv2."),
     (r"^layers\.(\d+)\.downsample\.", lambda found: f"stages.{int(found[1]) + 1}.downsample."),
