@@ -149,6 +149,13 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return pixels_HWC if orientation <= 1 else _turn(pixels_HWC, orientation)
 
 
+def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) as they lie in the file, by its header alone. Raises BadSample as `decode` does."""
+    if not data:
+        raise BadSample("empty image file")
+    return _open(data, max_pixels).size
+
+
 def _scale(pixels_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
     if pixels_HWC.shape[:2] == (height, width):
         return pixels_HWC

@@ -50,7 +50,7 @@ class ShardIndex:
     """
 
     path: str
-    bytes: int
+    file_bytes: int
     mtime_ns: int
     first: np.ndarray  # int64 [samples + 1]
     offset: np.ndarray  # int64 [members]
@@ -161,7 +161,7 @@ def build_index(path: str | os.PathLike[str]) -> ShardIndex:
     keys = [group.key.encode("utf-8", "surrogateescape") for group in groups]
     return ShardIndex(
         path=path,
-        bytes=status.st_size,
+        file_bytes=status.st_size,
         mtime_ns=status.st_mtime_ns,
         first=np.cumsum([0, *(len(group.members) for group in groups)], dtype=np.int64),
         offset=np.array([member[1] for group in groups for member in group.members], dtype=np.int64),

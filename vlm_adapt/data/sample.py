@@ -139,6 +139,6 @@ def _check_messages(messages: Any) -> None:
 
 
 def _check_state(state: Any) -> None:
-    numbers = state if isinstance(state, list) else [None]
+    numbers: list[Any] = state if isinstance(state, list) else [None]
     if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
         raise BadSample("state is not a list of finite numbers")

@@ -6,6 +6,7 @@ reading, ranks or workers (lanes.py), or what a sample means (sample.py).
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -76,6 +77,7 @@ def _find(name: str, pattern: str) -> list[str]:
     if path.is_file():
         return [name]
     if path.is_dir():
+        _check_finished(path)
         found = sorted(str(entry) for entry in path.iterdir() if entry.suffix == ".tar" and entry.is_file())
         if not found:
             raise UserError(f"folder {name} holds no .tar shards")
@@ -87,6 +89,19 @@ def _find(name: str, pattern: str) -> list[str]:
         raise UserError(f"no file matches the shard pattern {name}")
     origin = f" (from the pattern '{pattern}')" if pattern != name else ""
     raise UserError(f"shard {name} does not exist{origin}")
+
+
+def _check_finished(folder: Path) -> None:
+    """A folder of ours is read whole or not at all (see write.py)."""
+    if (folder / "dataset.unfinished.json").exists():
+        raise UserError(f"the shards in {folder} are not all written: run their conversion to its end first")
+    try:
+        listed = [shard["name"] for shard in json.loads((folder / "dataset.json").read_text())["shards"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not a folder that we wrote
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {len(missing)} of its {len(listed)} shards, {missing[0]} for one")
 
 
 @dataclass(frozen=True)
@@ -199,7 +214,7 @@ class ShardSet:
         index = self.indexes[shard]
         local = sample - (self._ends[shard] - self.counts[shard])
         return SampleRef(
-            index.path, index.key(local), tuple(index.members(local)), index.bytes, index.mtime_ns
+            index.path, index.key(local), tuple(index.members(local)), index.file_bytes, index.mtime_ns
         )
 
     def read(self, sample: int) -> tuple[str, dict[str, bytes]]:

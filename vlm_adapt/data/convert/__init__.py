@@ -1,0 +1,22 @@
+"""Converters: foreign datasets to samples of our schema. A table only; each is imported when chosen.
+
+A converter is a generator `convert(conversion, *, option: type = default, ...)` that yields
+`{"__key__": ..., "jpg": bytes, "json": {...}}`. Its keyword parameters are its options, all of them
+words, numbers or booleans; one without a default is required. What it cannot use it names by
+`conversion.lose(key, reason)`; if it knows how many samples will come, it sets `conversion.total`.
+"""
+
+from __future__ import annotations
+
+from vlm_adapt.choices import Choices
+
+CONVERTERS = Choices(
+    "converter",
+    {
+        "coco_captions": "vlm_adapt.data.convert.coco_captions:convert",
+        "easy_vqa": "vlm_adapt.data.convert.easy_vqa:convert",
+        "llava": "vlm_adapt.data.convert.llava:convert",
+        "nlvr": "vlm_adapt.data.convert.nlvr:convert",
+        "vqav2": "vlm_adapt.data.convert.vqav2:convert",
+    },
+)

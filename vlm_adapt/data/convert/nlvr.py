@@ -1,0 +1,88 @@
+"""NLVR: is a statement true of an image? Suhr et al. 2017, aclanthology.org/P17-2034."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vlm_adapt.data.convert.common import Conversion, existing, image_extension
+from vlm_adapt.data.problems import BadSample
+from vlm_adapt.errors import UserError
+
+
+def _reader(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    """Names of the files of a folder or a tar, and how to read one of them."""
+    if source.is_dir():
+        names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
+        return names, lambda name: (source / name).read_bytes()
+    try:
+        archive = tarfile.open(source)
+        members = {member.name: member for member in archive if member.isreg()}
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{source} is neither a folder nor a tar of NLVR: {error}") from error
+    return sorted(members), lambda name: archive.extractfile(members[name]).read()  # type: ignore[union-attr]
+
+
+def convert(
+    conversion: Conversion,
+    *,
+    source: str,
+    permutations: str = "all",
+    question: str = "Is it true that: {statement}?",
+) -> Iterator[dict[str, Any]]:
+    """Samples `{question, answers: ["true" | "false"], statement, id}`.
+
+    Args:
+        source: a folder or a tar with `*.json` (an object a line: sentence, identifier, label) and
+            `images/N/SPLIT-IDENTIFIER-PERMUTATION.png`.
+        permutations: `all` makes a sample of each of a statement's images (up to six, the same boxes in
+            another order), a number makes one of that image only.
+        question: how the statement is put; `{statement}` stands for it without its full stop.
+    """
+    if "{statement}" not in question:
+        raise UserError(f"the question '{question}' does not contain {{statement}}")
+    if permutations != "all" and not permutations.isdigit():
+        raise UserError(f"permutations is '{permutations}': say all, or a number from 0 to 5")
+    names, read = _reader(existing(source, "NLVR source"))
+    pictures: dict[str, dict[int, str]] = {}
+    for name in names:
+        parts = Path(name).stem.rsplit("-", 1)
+        if name.endswith(".png") and len(parts) == 2 and parts[1].isdigit():
+            pictures.setdefault(parts[0], {})[int(parts[1])] = name
+    lists = [name for name in names if name.endswith(".json") and "/." not in f"/{name}"]
+    if not lists:
+        raise UserError(f"{source} holds no NLVR statements (*.json)")
+    entries = []
+    for name in lists:
+        split = Path(name).stem
+        try:
+            lines = [json.loads(line) for line in read(name).decode().splitlines() if line.strip()]
+            entries += [(split, e["identifier"], e["sentence"].strip(), e["label"].lower()) for e in lines]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{name} in {source} is not a list of NLVR statements: {error}") from error
+    wanted = None if permutations == "all" else int(permutations)
+    work = []
+    for split, identifier, statement, label in entries:
+        found = pictures.get(f"{split}-{identifier}", {})
+        chosen = [number for number in sorted(found) if wanted in (None, number)]
+        if not chosen:
+            conversion.lose(f"{split}-{identifier}", "image file is missing")
+        work += [(f"{split}-{identifier}-{number}", found[number], statement, label) for number in chosen]
+    conversion.total = len(work)
+    for key, name, statement, label in work:
+        try:
+            data = read(name)
+            extension = image_extension(data)
+            if extension is None:
+                raise BadSample("not a JPEG, PNG or WebP image", name)
+            if label not in ("true", "false"):
+                raise BadSample("label is neither true nor false", label)
+        except BadSample as error:
+            conversion.lose(key, error)
+            continue
+        text = question.replace("{statement}", statement.rstrip(".").rstrip())
+        record = {"question": text, "answers": [label], "statement": statement, "id": key}
+        yield {"__key__": key, extension: data, "json": record}
