@@ -75,9 +75,10 @@ def test_a_window_keeps_a_reader_near_one_place():
         base = np.sort(ids)
         assert np.abs(np.searchsorted(base, ids) - np.arange(len(ids))).max() < 50
         assert (ids != base).mean() > 0.9
-    edges = [set(np.flatnonzero(np.maximum.accumulate(p) + 1 == np.arange(1, len(p) + 1)))
-             for p in (plan.lane(epoch, 0) - plan.lane(epoch, 0).min() for epoch in range(2))]  # fmt: skip
-    assert edges[0] != edges[1]  # windows do not fall on the same places each epoch
+    runs = [plan.lane(epoch, 0) - plan.lane(epoch, 0).min() for epoch in range(2)]
+    edges = [set(np.flatnonzero(np.maximum.accumulate(run) == np.arange(len(run)))) for run in runs]
+    assert all(len(edge) >= 2500 // 50 for edge in edges)
+    assert len(edges[0] & edges[1]) < 25  # windows fall on other places each epoch
 
 
 @settings(max_examples=80, deadline=None)

@@ -199,7 +199,7 @@ def _save(index: ShardIndex, target: Path) -> None:
 def _load(target: Path, path: str, status: os.stat_result) -> ShardIndex | None:
     """An index from the cache, or None if it is not there or not whole."""
     try:
-        with np.load(target, allow_pickle=False) as file:
+        with open(target, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in _ARRAYS}
             words = json.loads(file["words"].tobytes())
             key_text = file["key_text"].tobytes()

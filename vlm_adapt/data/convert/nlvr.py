@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
 
 
-def _reader(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """Names of the files of a folder or a tar, and how to read one of them."""
+def _reader(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str], bytes]]:
+    """Names of the files of a folder or a tar, and how to read one of them until `stack` is closed."""
     if source.is_dir():
         names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
         return names, lambda name: (source / name).read_bytes()
     try:
-        archive = tarfile.open(source)
+        archive = stack.enter_context(tarfile.open(source))
         members = {member.name: member for member in archive if member.isreg()}
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{source} is neither a folder nor a tar of NLVR: {error}") from error
@@ -46,7 +47,19 @@ def convert(
         raise UserError(f"the question '{question}' does not contain {{statement}}")
     if permutations != "all" and not permutations.isdigit():
         raise UserError(f"permutations is '{permutations}': say all, or a number from 0 to 5")
-    names, read = _reader(existing(source, "NLVR source"))
+    with ExitStack() as stack:
+        names, read = _reader(existing(source, "NLVR source"), stack)
+        yield from _samples(conversion, source, names, read, permutations, question)
+
+
+def _samples(
+    conversion: Conversion,
+    source: str,
+    names: list[str],
+    read: Callable[[str], bytes],
+    permutations: str,
+    question: str,
+) -> Iterator[dict[str, Any]]:
     pictures: dict[str, dict[int, str]] = {}
     for name in names:
         parts = Path(name).stem.rsplit("-", 1)
