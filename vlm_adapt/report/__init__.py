@@ -1,0 +1,1 @@
+"""Reports of runs: one self-contained HTML page, tables and figures. Imports nothing heavy by itself."""
