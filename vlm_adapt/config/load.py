@@ -40,7 +40,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, with `$VARIABLES` of the environment filled in."""
     path = Path(path)
     if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        near = nearest(
+            path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        )
         raise UserError(f"there is no config file '{path}'{near}")
     try:
         tree = yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf-8")))

@@ -19,10 +19,8 @@ from vlm_adapt import dist
 from vlm_adapt.config.schema import Data, Evaluate
 from vlm_adapt.data.collate import collate
 from vlm_adapt.data.encode import Encoded
-from vlm_adapt.data.phrase import Question
 from vlm_adapt.data.problems import Account, BadSample
-from vlm_adapt.data.reader import Reader
-from vlm_adapt.data.sample import Sample
+from vlm_adapt.data.reader import Prompt, Reader
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.language import Generation
 from vlm_adapt.metrics import METRICS, SAMPLE_SCORES
@@ -52,12 +50,14 @@ class Scores:
 
 @dataclass
 class _Item:
-    """A sample to score: its own images and those of another sample."""
+    """A sample to score, encoded once: prompts, references, and its own and another's pixels."""
 
     number: int
-    sample: Sample
-    phrasing: Any
-    other: Sample | None
+    key: str
+    prompts: list[Prompt]
+    references: list[Encoded]
+    own: list[np.ndarray]
+    other: list[np.ndarray]
 
 
 def evaluate(
@@ -96,7 +96,9 @@ def evaluate(
     for part in dist.gather(runner.account.to_dict()):
         account.merge(Account.from_dict(part))
     if not rows:
-        raise UserError(f"none of {len(chosen)} held-out samples could be used: {account.to_dict()['refused']}")
+        raise UserError(
+            f"none of {len(chosen)} held-out samples could be used: {account.to_dict()['refused']}"
+        )
     metrics = _metrics(rows, settings)
     losses = [part for parts in dist.gather(runner.losses) for part in parts]
     metrics |= _loss_metrics(losses)
@@ -126,7 +128,7 @@ class _Runner:
 
     def run(self, mine: Sequence[int], everyone: Sequence[int]) -> list[dict[str, Any]]:
         """Score this rank's samples; a row a question."""
-        size = max(1, self.settings.batch_size // 4 if self._several() else self.settings.batch_size)
+        size = self.settings.batch_size
         batches = [mine[i : i + size] for i in range(0, len(mine), size)]
         total = int(max(dist.gather(len(batches))))
         rows: list[dict[str, Any]] = []
@@ -137,55 +139,57 @@ class _Runner:
             self.tell(number + 1, total)
         return rows
 
-    def _several(self) -> bool:
-        return any("questions" in self.reader.sample(n)[0].record for n in self.reader.limited()[:1])
-
     def _items(self, numbers: Sequence[int], everyone: Sequence[int]) -> Iterator[_Item]:
         for number in numbers:
             try:
                 sample, phrasing = self.reader.sample(number)
-                self.reader.prompts(sample, phrasing)
-                self.reader.references(sample, phrasing)
+                prompts = self.reader.prompts(sample, phrasing)
+                references = self.reader.references(sample, phrasing)
             except BadSample as error:
                 self.account.refuse(self.reader.key(number), error)
                 continue
             self.account.use()
-            other = self._other(number, len(sample.images), everyone) if self.settings.blind else None
-            yield _Item(number, sample, phrasing, other)
+            own = prompts[0].row.pixels if prompts else []
+            other = self._other(number, len(own), everyone) if self.settings.blind else own
+            yield _Item(number, sample.key, prompts, references, own, other)
 
-    def _other(self, number: int, images: int, everyone: Sequence[int]) -> Sample | None:
-        """Another sample with as many images, about half the set away; None when there is none."""
-        place = everyone.index(number)
-        half = max(1, len(everyone) // 2)
+    def _other(self, number: int, images: int, everyone: Sequence[int]) -> list[np.ndarray]:
+        """Pixels of another sample with as many images, about half the set away.
+
+        Raises:
+            UserError: there is no other sample to take images from.
+        """
+        place, half = everyone.index(number), max(1, len(everyone) // 2)
         for distance in range(half, half + len(everyone)):
             candidate = everyone[(place + distance) % len(everyone)]
-            if candidate == number or not images:
+            if candidate == number and images:
                 continue
             try:
-                sample = self.reader.sample(candidate)[0]
-                self.reader.pixels(sample)
+                pixels = self.reader.pixels(self.reader.sample(candidate)[0])
             except BadSample:
                 continue
-            if len(sample.images) == images:
-                return sample
-        return None
+            if len(pixels) == images:
+                return pixels
+        raise UserError(
+            f"blind scores need another sample with {images} image(s) besides '{self.reader.key(number)}': "
+            "hold out more samples, or leave evaluate.blind off"
+        )
 
     def _answers(self, items: list[_Item]) -> list[dict[str, Any]]:
-        own = self._generate([(item, item.sample.images) for item in items])
-        blind: list[list[str]] | None = None
-        if self.settings.blind:
-            blind = self._generate([(i, (i.other or i.sample).images) for i in items])
+        own = self._generate(items, blind=False)
+        blind = self._generate(items, blind=True) if self.settings.blind else None
         rows = []
         for place, item in enumerate(items):
-            for number, (question, prediction) in enumerate(zip(self._questions(item), own[place], strict=True)):
+            questions = [question for prompt in item.prompts for question in prompt.asked.questions]
+            for number, question in enumerate(questions):
                 row = {
                     "number": item.number,
                     "question_number": number,
-                    "key": item.sample.key,
+                    "key": item.key,
                     "id": question.id,
                     "question": question.text,
                     "answers": list(question.answers),
-                    "prediction": prediction,
+                    "prediction": own[place][number],
                     "kind": question.kind,
                 }
                 if blind is not None:
@@ -193,46 +197,35 @@ class _Runner:
                 rows.append(row)
         return rows
 
-    def _questions(self, item: _Item) -> list[Question]:
-        asked = item.phrasing.evaluation(item.sample.record, len(item.sample.images))
-        return [question for one in asked for question in one.questions]
-
-    def _generate(self, pairs: Sequence[tuple[_Item, list[bytes]]]) -> list[list[str]]:
+    def _generate(self, items: list[_Item], blind: bool) -> list[list[str]]:
         """For every item the answers to its questions, in order."""
-        prompts = [(i, p) for i, (item, images) in enumerate(pairs)
-                   for p in self.reader.prompts(item.sample, item.phrasing, images)]
-        if not prompts and not self.synced:
+        rows = [prompt.row for item in items for prompt in self._show(item, blind).prompts]
+        if not rows and not self.synced:
             return []
-        batch = collate([p.row for _, p in prompts], **self.assembled.collate_options).to(self.device)
+        batch = collate(rows, **self.assembled.collate_options).to(self.device)
         settings = Generation(self.settings.max_new_tokens, synced=self.synced)
         with self.autocast():
             written = self.assembled.model.generate(batch, settings, self.assembled.stop_ids)
-        texts = iter([self.assembled.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written])
-        answers: list[list[str]] = [[] for _ in pairs]
-        for place, prompt in prompts:
-            answers[place] += [next(texts) for _ in prompt.asked.questions]
-        return answers
+        decode = self.assembled.tokenizer.decode
+        texts = iter([decode(ids, skip_special_tokens=True).strip() for ids in written])
+        return [[next(texts) for prompt in item.prompts for _ in prompt.asked.questions] for item in items]
+
+    @staticmethod
+    def _show(item: _Item, blind: bool) -> _Item:
+        pixels = item.other if blind else item.own
+        for row in [*(prompt.row for prompt in item.prompts), *item.references]:
+            row.pixels = pixels
+        return item
 
     def _losses(self, items: list[_Item]) -> None:
-        own = self._loss([(item, None) for item in items])
-        if self.settings.blind:
-            other = self._loss([(item, item.other) for item in items])
-            self.losses += [(a, b, n) for (a, n), (b, _) in zip(own, other, strict=True)]
-        else:
-            self.losses += [(a, math.nan, n) for a, n in own]
+        own = self._loss(items, blind=False)
+        other = self._loss(items, blind=True) if self.settings.blind else [(math.nan, 0)] * len(own)
+        self.losses += [(mine, its, count) for (mine, count), (its, _) in zip(own, other, strict=True)]
 
-    def _loss(self, pairs: Sequence[tuple[_Item, Sample | None]]) -> list[tuple[float, int]]:
+    def _loss(self, items: list[_Item], blind: bool) -> list[tuple[float, int]]:
         """Sum of token losses and number of learned tokens of each item's references."""
-        rows: list[Encoded] = []
-        owners: list[int] = []
-        for place, (item, other) in enumerate(pairs):
-            found = self.reader.references(item.sample, item.phrasing)
-            if other is not None:
-                pixels = self.reader.pixels(other)
-                for row in found:
-                    row.pixels = pixels
-            rows += found
-            owners += [place] * len(found)
+        rows = [row for item in items for row in self._show(item, blind).references]
+        owners = np.array([place for place, item in enumerate(items) for _ in item.references])
         if not rows and not self.synced:
             return []
         batch = collate(rows, **self.assembled.collate_options).to(self.device)
@@ -240,10 +233,10 @@ class _Runner:
             _, losses_N = self.assembled.model(batch)
         width = batch.ids_BT.shape[1] if batch.decoder_ids_BU is None else batch.decoder_ids_BU.shape[1]
         places = (batch.predict_from_N // width).cpu().numpy()
-        sums, counts = np.zeros(len(pairs)), np.zeros(len(pairs), int)
+        sums, counts = np.zeros(len(items)), np.zeros(len(items), int)
         if len(places):
-            np.add.at(sums, np.array(owners)[places], losses_N.float().cpu().numpy())
-            np.add.at(counts, np.array(owners)[places], 1)
+            np.add.at(sums, owners[places], losses_N.float().cpu().numpy())
+            np.add.at(counts, owners[places], 1)
         return list(zip(sums.tolist(), counts.tolist(), strict=True))
 
 
@@ -268,7 +261,9 @@ def _metrics(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
         blind.pop("samples", None)
         metrics["blind"] = blind
     if settings.metrics:
-        for row, score in zip(rows, SAMPLE_SCORES.load(settings.metrics[0])(predictions, references), strict=True):
+        for row, score in zip(
+            rows, SAMPLE_SCORES.load(settings.metrics[0])(predictions, references), strict=True
+        ):
             row["score"] = float(score)
     return metrics
 

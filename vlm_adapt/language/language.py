@@ -110,7 +110,9 @@ class Language(nn.Module):
             logits = torch.tanh(logits.float() / cap) * cap
         return logits
 
-    def forward(self, inputs: LanguageInput, predict_from_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, inputs: LanguageInput, predict_from_N: Tensor, targets_N: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Sum of token losses and each token's own loss.
 
         The head is applied to the positions that predict something learned and to no others: at a

@@ -66,7 +66,9 @@ class Assembled:
         }
 
 
-def build(config: Model, dtype: torch.dtype, seed: int = 0, tokenizer_folder: Path | None = None) -> Assembled:
+def build(
+    config: Model, dtype: torch.dtype, seed: int = 0, tokenizer_folder: Path | None = None
+) -> Assembled:
     """Tower, connector and language, with tokenizer, template and encoder.
 
     Args:

@@ -110,7 +110,12 @@ def on_main(write: Callable[[], None], what: str) -> None:
 
 def _disk_sentence(error: Exception, what: str) -> str:
     text = str(error)
-    if isinstance(error, OSError) or "No space left" in text or "I/O error" in text or "File too large" in text:
+    if (
+        isinstance(error, OSError)
+        or "No space left" in text
+        or "I/O error" in text
+        or "File too large" in text
+    ):
         reason = getattr(error, "strerror", None) or text
         return (
             f"{what} cannot be written ({reason}): nothing half-written was left, and earlier checkpoints "

@@ -43,7 +43,9 @@ class Contract:
         extra = [name for name, parameter in self.frozen.items() if parameter.requires_grad]
         idle = [name for name, parameter in self.declared.items() if not parameter.requires_grad]
         if extra or idle:
-            raise UserError(f"the plan and requires_grad differ: {_some(extra)} train unasked, {_some(idle)} do not")
+            raise UserError(
+                f"the plan and requires_grad differ: {_some(extra)} train unasked, {_some(idle)} do not"
+            )
         self.steps = 0
         self.reached: set[str] = set()
         self.hooks = [
@@ -81,7 +83,9 @@ class Contract:
             anywhere = dist.total(flags)
             stayed = [name for name, flag in zip(self.declared, anywhere, strict=True) if not flag]
             if stayed:
-                raise UserError(f"trainable parameters that did not move in {self.steps} steps: {_some(stayed)}")
+                raise UserError(
+                    f"trainable parameters that did not move in {self.steps} steps: {_some(stayed)}"
+                )
 
 
 def checksum(parameter: nn.Parameter) -> int:

@@ -92,7 +92,9 @@ class Engine:
         )
         self.base_optimizer = optimizer
         model.to(self.device)
-        self.engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.engine, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=settings
+        )
         self.stage = int(self.engine.zero_optimization_stage())
         self.module: nn.Module = self.engine.module
 
@@ -129,7 +131,9 @@ class Engine:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["rate"] * factor
             if self.stage == 0:
-                grads = [p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+                grads = [
+                    p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
+                ]
                 norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
         self.engine.step()
         if boundary and self.stage:
@@ -155,6 +159,7 @@ class Engine:
         """Adam's moments by parameter name (main rank), and its step count. All ranks call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link()
         found: dict[str, Tensor] = {}
         for parameter, name in self._trained():
             for key in MOMENTS:
@@ -175,11 +180,16 @@ class Engine:
                 "step": torch.tensor(float(step), device=flat.device if base.defaults["fused"] else None),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
-        if self.stage in (1, 2):
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link()
         for parameter, name in self._trained():
             for key in MOMENTS:
                 self._set_moment(parameter, key, moments[f"{name}#{key}"].to(self.device))
+
+    def _link(self) -> None:
+        """Let ZeRO 1 and 2 find every group's moments: it links all groups after the first one's step."""
+        if self.stage in (1, 2):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state

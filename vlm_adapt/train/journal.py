@@ -87,7 +87,9 @@ def rewind(folder: Path, step: int) -> int:
     lines = read_journal(folder)
     kept = [line for line in lines if line.get("step", 0) <= step]
     temporary = folder / (FILE + ".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    temporary.write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
+    )
     os.replace(temporary, folder / FILE)
     return sum("event" not in line for line in lines) - sum("event" not in line for line in kept)
 

@@ -79,7 +79,10 @@ class StageLoop:
             raise UserError("data.train: a limit is possible for the last source only")
         plan = Plan(sources, run.seed + totals.stage, stage_run.data.lanes, stage_run.data.shuffle)
         shape = Shape(
-            train.per_device_train_batch_size, train.gradient_accumulation_steps, dist.rank(), dist.world_size()
+            train.per_device_train_batch_size,
+            train.gradient_accumulation_steps,
+            dist.rank(),
+            dist.world_size(),
         )
         options = assembled.collate_options | {"multiple": 8 if torch.cuda.is_available() else 1}
         self.stream = Stream(reader, plan, shape, options, stage_run.data.workers)
@@ -214,7 +217,8 @@ class StageLoop:
         best = scores.value(self.stage_run.evaluate.best_metric)
         better = best is not None and (
             self.totals.best is None
-            or (best > self.totals.best) == self.stage_run.evaluate.greater_is_better and best != self.totals.best
+            or (best > self.totals.best) == self.stage_run.evaluate.greater_is_better
+            and best != self.totals.best
         )
         if better:
             self.totals.best = best

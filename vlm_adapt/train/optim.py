@@ -25,7 +25,9 @@ def parameter_groups(groups: list[Group], train: Train) -> list[dict[str, object
             chosen = [p for _, p in parameters if (_dimensions(p) > 1) == decays]
             if chosen:
                 decay = train.weight_decay if decays else 0.0
-                result.append({"params": chosen, "lr": rate, "weight_decay": decay, "part": part, "rate": rate})
+                result.append(
+                    {"params": chosen, "lr": rate, "weight_decay": decay, "part": part, "rate": rate}
+                )
     return result
 
 

@@ -1,0 +1,203 @@
+"""A run from its first stage to its last, found again where it was stopped.
+
+Knows stages, output folders and how a run ends; the steps themselves are in loop.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vlm_adapt import dist
+from vlm_adapt.config.load import dump
+from vlm_adapt.config.schema import Run
+from vlm_adapt.errors import UserError
+from vlm_adapt.evaluate.files import write_scores
+from vlm_adapt.models.build import Assembled, build, compute_dtype
+from vlm_adapt.models.restore import LATEST, load_trained, read_checkpoint
+from vlm_adapt.train import checkpoint
+from vlm_adapt.train.journal import Journal, rewind
+from vlm_adapt.train.loop import StageLoop, Totals
+from vlm_adapt.train.signals import Signals
+
+DONE = "finished"
+
+
+def train(run: Run, fresh: bool = False) -> int:
+    """Train a run, or go on with it.
+
+    Args:
+        fresh: start over, whatever the output folder holds.
+
+    Returns:
+        0 when it finished (or had finished before), 130 or 143 when a signal stopped it.
+
+    Raises:
+        UserError: the configuration does not fit the folder's run, or something it names is missing.
+    """
+    output = Path(run.output_dir)
+    found = None if fresh else find_state(run, output)
+    if found is not None and found[0].get(DONE):
+        say(f"this run has finished: {found[1]} (start over with --fresh)")
+        return 0
+    dist.start()
+    dropped = 0
+    if dist.is_main():
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir '{output}' cannot be made: {error.strerror}") from error
+        dropped = rewind(output, found[0]["step"] if found else 0) if not fresh else _clear(output)
+        checkpoint.write_atomically(output / "run.yaml", dump(run))
+    dist.barrier()
+    journal = Journal(output, dist.is_main(), run.train.report_to, output.name)
+    try:
+        with Signals() as signals:
+            return _stages(run, output, found, journal, signals, dropped)
+    finally:
+        journal.close()
+
+
+def _stages(
+    run: Run,
+    output: Path,
+    found: tuple[dict[str, Any], Path] | None,
+    journal: Journal,
+    signals: Signals,
+    dropped: int,
+) -> int:
+    names = {field.name for field in fields(Totals)}
+    totals = Totals(**{k: v for k, v in found[0].items() if k in names}) if found else Totals()
+    folder = found[1] if found else None
+    stages = run.stage_runs()
+    if folder is not None:
+        say(f"going on from {folder} (step {totals.step}, stage '{stages[totals.stage][0]}')")
+        journal.event("resume", step=totals.step, checkpoint=folder.name, lines_dropped=dropped)
+    started = time.monotonic()
+    while totals.stage < len(stages):
+        name, stage_run = stages[totals.stage]
+        assembled = build(run.model, compute_dtype(stage_run.train.bf16), run.seed)
+        plan = assembled.adapt([one.adapt for _, one in stages[: totals.stage + 1]])
+        if folder is not None:
+            load_trained(assembled, folder)
+        table = plan.table()
+        resume = (found[0], found[1]) if found and found[0]["stage"] == totals.stage else None
+        loop = StageLoop(run, name, stage_run, assembled, totals, journal, signals, resume)
+        _announce(name, table, assembled, loop, journal, output)
+        if not loop.train():
+            say(f"stopped after step {totals.step}; the same command goes on from there")
+            journal.event("stop", step=totals.step, signal=signals.received)
+            return 128 + (signals.received or 2)
+        folder, found = output / f"checkpoint-{totals.step}", None
+        if totals.stage == len(stages) - 1:
+            return _finish(run, loop, output, folder, journal, started)
+        totals.stage, totals.stage_step = totals.stage + 1, 0
+        del loop, assembled
+    return 0
+
+
+def _finish(run: Run, loop: StageLoop, output: Path, folder: Path, journal: Journal, started: float) -> int:
+    say("scoring held-out samples" if loop.stage_run.data.evaluate else "no held-out samples to score")
+    scores = loop.score(None)
+    account = loop.account
+    if dist.is_main():
+        if scores is not None:
+            write_scores(output, scores, loop.assembled, loop.stage_run)
+            say(scores.line())
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8")) | {DONE: True}
+        checkpoint.write_atomically(folder / "state.json", json.dumps(state, indent=1))
+        if account.refusals or account.truncated:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in account.refused.items())
+            say(
+                f"samples: {account.used} used, {account.truncated} truncated, {account.refusals} refused ({reasons})"
+            )
+    seconds = round(time.monotonic() - started, 1)
+    journal.event("finish", step=loop.totals.step, seconds=seconds, account=account.to_dict())
+    dist.barrier()
+    say(f"done in {seconds} s: {folder}")
+    return 0
+
+
+def find_state(run: Run, output: Path) -> tuple[dict[str, Any], Path] | None:
+    """State and folder of the newest checkpoint of this run, if it has one.
+
+    Raises:
+        UserError: the folder belongs to a run with another model, plan, data or seed.
+    """
+    pointer = output / LATEST
+    if not pointer.is_file():
+        return None
+    folder = output / pointer.read_text(encoding="utf-8").strip()
+    before, state = read_checkpoint(folder)
+    for key in ("model", "adapt", "seed", "stages"):
+        if getattr(before, key) != getattr(run, key):
+            raise UserError(
+                f"'{output}' holds a run with another '{key}': choose another output_dir, or start over "
+                "with --fresh"
+            )
+    if before.data.train != run.data.train:
+        raise UserError(
+            f"'{output}' holds a run on other data.train: choose another output_dir, or start over with --fresh"
+        )
+    if state.get(DONE) and before.train.max_steps != run.train.max_steps:
+        raise UserError(
+            f"'{output}' holds a finished run of {state['step']} steps: choose another output_dir, or --fresh"
+        )
+    return state, folder
+
+
+def _clear(output: Path) -> int:
+    """Forget an earlier run: its checkpoints go when new ones come, its pointers and journal go now."""
+    import shutil
+
+    for name in (LATEST, "best", "journal.jsonl", "metrics.json", "predictions.jsonl"):
+        (output / name).unlink(missing_ok=True)
+    for path in output.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    return 0
+
+
+def _announce(
+    name: str,
+    table: list[dict[str, Any]],
+    assembled: Assembled,
+    loop: StageLoop,
+    journal: Journal,
+    output: Path,
+) -> None:
+    """Say what trains: freezing is an explicit, printed act."""
+    rows = [
+        *table,
+        {"part": "all", "method": "", **{k: sum(r[k] for r in table) for k in ("trainable", "frozen")}},
+    ]
+    say(
+        f"stage '{name}': {loop.total} steps, {assembled.dtype}, {dist.world_size()} process(es), "
+        f"{loop.stage_run.train.deepspeed}"
+    )
+    for row in rows:
+        say(
+            f"  {row['part']:<10} {row['method']:<14} trainable {row['trainable']:>13,}  frozen {row['frozen']:>15,}"
+        )
+    if dist.is_main():
+        checkpoint.write_atomically(output / "parts.json", json.dumps(rows, indent=1))
+    journal.event(
+        "stage",
+        step=loop.totals.step,
+        name=name,
+        steps=loop.total,
+        parts=rows,
+        dtype=str(assembled.dtype).removeprefix("torch."),
+        device=str(loop.engine.device),
+        world_size=dist.world_size(),
+        notes=assembled.model.vision.notes,
+    )
+
+
+def say(text: str) -> None:
+    """A line for the person who watches; from the main rank only."""
+    if dist.is_main():
+        print(text, file=sys.stderr, flush=True)
