@@ -84,8 +84,8 @@ def _summary(record: RunRecord) -> str:
             tiles.append(_tile(name.capitalize() if name.islower() else name, score_text(name, value), note))
     losses = pick(record.steps, "loss")
     if losses:
-        first, last = smooth(losses)[0][1], smooth(losses)[-1][1]
-        tiles.append(_tile("Loss", number(last), f"smoothed; {number(first)} at the start"))
+        last = smooth(losses)[-1][1]
+        tiles.append(_tile("Loss", number(last), f"smoothed; first step {number(losses[0][1])}"))
     if record.steps:
         last_line = record.steps[-1]
         seen = last_line.get("samples")

@@ -26,8 +26,8 @@ def pick(steps: Iterable[Mapping[str, Any]], *keys: str) -> Points:
 
 def smooth(points: Points, span: float | None = None) -> Points:
     """Average of the neighbours on both sides, weighted down exponentially over about `span` points (by
-    default a 30th of all): two-sided, so that it does not lag behind a falling curve."""
-    keep = math.exp(-1 / (span or max(1.0, len(points) / 30)))
+    default a 50th of all): two-sided, so that it does not lag behind a falling curve."""
+    keep = math.exp(-1 / (span or max(1.0, len(points) / 50)))
 
     def before(values: list[float]) -> list[tuple[float, float]]:
         """Weighted sum and weight of each value with those before it."""
