@@ -84,7 +84,9 @@ class Source(Section):
     questions_per_image: int | None = Field(
         None, gt=0, description="of several questions on an image, how many are drawn an epoch"
     )
-    balance_kinds: bool = Field(False, description="draw the questions kind by kind in turn")
+    questions_per_kind: dict[str, int] | None = Field(
+        None, description="how many of each kind are drawn an epoch; kinds not named are not drawn"
+    )
 
 
 class Data(Section):
@@ -108,6 +110,7 @@ class Data(Section):
 class Train(Section):
     """One stage's optimisation. Rates are per step of the optimizer."""
 
+    objective: str = Field("language", description="what is minimised: language, or embedding to warm up")
     per_device_train_batch_size: int = Field(8, gt=0, description="samples a process and microbatch")
     gradient_accumulation_steps: int = Field(1, gt=0)
     max_steps: int = Field(0, ge=0, description="0 leaves it to num_train_epochs")

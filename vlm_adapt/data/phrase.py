@@ -7,12 +7,13 @@ Training and evaluation phrase a question with the same words, through the same 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vlm_adapt.data.problems import BadSample
 from vlm_adapt.sentence import IMAGE_PLACEHOLDER, Sentence
 from vlm_adapt.template import Template
 
@@ -60,7 +61,7 @@ class Phrasing:
     system: str | None = None
     prompt: str = "Describe the image."
     questions_per_image: int | None = None
-    balance_kinds: bool = False
+    questions_per_kind: Mapping[str, int] | None = None
     branches: bool = True
 
     def training(self, record: dict[str, Any], images: int, generator: np.random.Generator) -> list[Sentence]:
@@ -77,8 +78,9 @@ class Phrasing:
             captions = questions[0].answers
             chosen = captions[int(generator.integers(len(captions)))]
             return [self._pairs([(self.prompt, chosen)], images, state)]
-        count = self.questions_per_image or len(questions)
-        drawn = _draw(questions, count, self.balance_kinds, generator)
+        drawn = _draw(questions, self.questions_per_image, self.questions_per_kind, generator)
+        if not drawn:
+            raise BadSample("no question of the kinds asked for")
         pairs = [(question.text, question.answer) for question in drawn]
         if self.branches:
             return [self._pairs(pairs, images, state)]
@@ -97,7 +99,8 @@ class Phrasing:
         size = QUESTIONS_A_ROW if self.branches else 1
         groups = [questions[i : i + size] for i in range(0, len(questions), size)]
         return [
-            Asked(self._pairs([(q.text, None) for q in group], images, state), tuple(group)) for group in groups
+            Asked(self._pairs([(q.text, None) for q in group], images, state), tuple(group))
+            for group in groups
         ]
 
     def _pairs(
@@ -105,7 +108,7 @@ class Phrasing:
     ) -> Sentence:
         if self.branches:
             return self.template.questions(pairs, images, self.system, state)
-        (question, answer), = pairs
+        ((question, answer),) = pairs
         content = IMAGE_PLACEHOLDER * images + ("\n" if images else "") + question
         messages = self._with_system([{"role": "user", "content": content}])
         if answer is not None:
@@ -142,19 +145,20 @@ def _answers(record: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _draw(
-    questions: list[Question], count: int, balance: bool, generator: np.random.Generator
+    questions: list[Question],
+    count: int | None,
+    per_kind: Mapping[str, int] | None,
+    generator: np.random.Generator,
 ) -> list[Question]:
-    """`count` questions without repetition; balanced draws go round the kinds, rarest kinds first."""
+    """Questions in random order without repetition, at most so many of each kind and in all."""
     order = [questions[i] for i in generator.permutation(len(questions))]
-    if not balance:
-        return order[:count]
-    piles: dict[str | None, list[Question]] = {}
-    for question in order:
-        piles.setdefault(question.kind, []).append(question)
-    drawn: list[Question] = []
-    ranked = sorted(piles.values(), key=len)
-    while len(drawn) < min(count, len(questions)):
-        for pile in ranked:
-            if pile and len(drawn) < count:
-                drawn.append(pile.pop())
-    return drawn
+    if per_kind is not None:
+        left = dict(per_kind)
+        drawn = []
+        for question in order:
+            kind = question.kind or ""
+            if left.get(kind, 0) > 0:
+                left[kind] -= 1
+                drawn.append(question)
+        order = drawn
+    return order if count is None else order[:count]

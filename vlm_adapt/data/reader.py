@@ -61,11 +61,18 @@ class Reader:
         branches = template.prompt_is_causal and not encoder.seq2seq
         self.phrasings = [
             Phrasing(
-                template, system, source.prompt, source.questions_per_image, source.balance_kinds, branches
+                template,
+                system,
+                source.prompt,
+                source.questions_per_image,
+                source.questions_per_kind,
+                branches,
             )
             for source in sources
         ]
-        self.limits = [min(len(one), source.limit or len(one)) for one, source in zip(self.sets, sources, strict=True)]
+        self.limits = [
+            min(len(one), source.limit or len(one)) for one, source in zip(self.sets, sources, strict=True)
+        ]
         self.starts = joined(self.sets)
 
     def __len__(self) -> int:
@@ -124,11 +131,13 @@ class Reader:
             else [(question.text, question.answer) for question in questions]
         )
         everything = {"questions": [{"question": q, "answer": a} for q, a in pairs]}
-        whole = replace(phrasing, questions_per_image=None, balance_kinds=False)
+        whole = replace(phrasing, questions_per_image=None, questions_per_kind=None)
         state = {"state": sample.record["state"]} if "state" in sample.record else {}
         return self.rows(sample, whole.training(everything | state, len(sample.images), _generator(0, 0, 0)))
 
-    def prompts(self, sample: Sample, phrasing: Phrasing, images: Sequence[bytes] | None = None) -> list[Prompt]:
+    def prompts(
+        self, sample: Sample, phrasing: Phrasing, images: Sequence[bytes] | None = None
+    ) -> list[Prompt]:
         """Every question of a sample, encoded up to where its answer begins.
 
         Args:

@@ -25,6 +25,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.language.language import Generation
 from vlm_adapt.metrics import METRICS, SAMPLE_SCORES
 from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.objectives.language import language
 
 
 @dataclass
@@ -230,7 +231,7 @@ class _Runner:
             return []
         batch = collate(rows, **self.assembled.collate_options).to(self.device)
         with torch.no_grad(), self.autocast():
-            _, losses_N = self.assembled.model(batch)
+            _, losses_N = language(self.assembled.model, batch)
         width = batch.ids_BT.shape[1] if batch.decoder_ids_BU is None else batch.decoder_ids_BU.shape[1]
         places = (batch.predict_from_N // width).cpu().numpy()
         sums, counts = np.zeros(len(items)), np.zeros(len(items), int)

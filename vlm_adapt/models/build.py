@@ -116,6 +116,7 @@ def build(
         state_size=config.state_size,
     )
     stop_ids = _stop_ids(tokenizer, template, language.model)
+    model.stop_ids = stop_ids
     return Assembled(model, tokenizer, template, encoder, stop_ids, config, dtype)
 
 

@@ -14,6 +14,7 @@ from vlm_adapt.connectors.connector import Connector
 from vlm_adapt.data.collate import Batch
 from vlm_adapt.language.language import Generation, Language, LanguageInput
 from vlm_adapt.models.masks import attention_mask
+from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.splice import splice
 from vlm_adapt.vision.tower import Tower
 
@@ -38,6 +39,8 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.vision, self.connector, self.language = tower, connector, language
         self.layers, self.state_size = tuple(layers), state_size
+        self.objective = "language"
+        self.stop_ids: set[int] = set()  # tokens at which an answer ends
         self.compute_dtype = next(language.parameters()).dtype
         self.state_projector = (
             nn.Sequential(
@@ -85,8 +88,8 @@ class VisionLanguageModel(nn.Module):
         )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum of token losses (float32 scalar) and each target's own loss [N], detached."""
-        return self.language(self.inputs(batch), batch.predict_from_N, batch.targets_N)
+        """Sum over targets of the stage's loss (float32 scalar), and each target's own [N], detached."""
+        return OBJECTIVES.load(self.objective)(self, batch)
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:

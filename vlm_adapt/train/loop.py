@@ -21,6 +21,7 @@ from vlm_adapt.data.stream import Shape, Step, Stream
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.run import Scores, evaluate
 from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.train import checkpoint
 from vlm_adapt.train.contract import Contract
 from vlm_adapt.train.engine import Engine
@@ -87,7 +88,9 @@ class StageLoop:
         options = assembled.collate_options | {"multiple": 8 if torch.cuda.is_available() else 1}
         self.stream = Stream(reader, plan, shape, options, stage_run.data.workers)
         self.total = train.max_steps or round(train.num_train_epochs * self.stream.steps_per_epoch)
-        assembled.model.set_activation_checkpointing(train.gradient_checkpointing)
+        assembled.model.objective = OBJECTIVES.check(train.objective)
+        if train.gradient_checkpointing:
+            assembled.model.set_activation_checkpointing(True)
         assert assembled.plan is not None
         groups = assembled.plan.groups(train.learning_rate)
         declared = [pair for _, _, pairs in groups for pair in pairs]

@@ -1,0 +1,106 @@
+"""What of a run can be told to be wrong before anything heavy is imported or loaded.
+
+Knows the families' tables and reads the settings of an entry off its source, without importing it;
+knows nothing about what the settings mean. A misspelt name is thus answered at once, not after a model
+has been loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+from vlm_adapt import weights
+from vlm_adapt.adapt import METHODS
+from vlm_adapt.choices import Choices, nearest
+from vlm_adapt.config.schema import Run, Source
+from vlm_adapt.connectors import CONNECTORS
+from vlm_adapt.data.shards import expand
+from vlm_adapt.errors import UserError
+from vlm_adapt.metrics import METRICS
+from vlm_adapt.vision import library_of
+
+SUPPLIED = {"self", "widths", "grids", "width_out", "embedding_rms"}  # given by us, not by a configuration
+
+
+def check_run(run: Run) -> None:
+    """Check names, settings and shards of every stage.
+
+    Raises:
+        UserError: an unknown name or setting (the nearest is named), or shards that are not there.
+    """
+    library_of(run.model.vision.model)
+    for source in (run.model.vision.weights, run.model.language.weights):
+        package = weights.parse(source)
+        if package.kind == "package":
+            weights.PACKAGES.check(package.value)
+    if run.model.language.model.startswith("package:"):
+        weights.PACKAGES.check(run.model.language.model.removeprefix("package:"))
+    connector = run.model.connector
+    _check_settings(CONNECTORS, connector.name, connector.options, "model.connector")
+    for _, stage in run.stage_runs():
+        for number, line in enumerate(stage.adapt):
+            _check_settings(METHODS, line.method, line.options, f"adapt.{number}")
+        for name in stage.evaluate.metrics:
+            METRICS.check(name)
+        _check_shards(stage.data.train)
+        _check_shards(stage.data.evaluate)
+
+
+def _check_shards(sources: Iterable[Source]) -> None:
+    for source in sources:
+        expand(source.shards)
+
+
+def _check_settings(table: Choices, name: str, given: Iterable[str], where: str) -> None:
+    known, is_open = settings_of(table[table.check(name)])
+    for key in given:
+        if key not in known and not is_open:
+            raise UserError(
+                f"{where}: {table.family} '{name}' has no setting '{key}'"
+                f"{nearest(key, known) or ':'} known are {', '.join(known)}"
+            )
+        if key not in known:
+            from vlm_adapt.adapt.method import make_method  # asks the library behind it: slow, and rare
+
+            make_method(table, name, {key: None})
+
+
+def settings_of(entry: str) -> tuple[list[str], bool]:
+    """The settings of a class `"module:Class"`, those of its parents included.
+
+    Returns:
+        (names in order, whether it takes others too and hands them to a library)
+    """
+    module, _, name = entry.partition(":")
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return [], False
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    kind = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    if kind is None:
+        return [], False
+    names: list[str] = []
+    hands_on = False
+    for node in kind.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            names = [one.arg for one in arguments if one.arg not in SUPPLIED]
+            hands_on = node.args.kwarg is not None
+    homes = {
+        alias.asname or alias.name: f"{node.module}:{alias.name}"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlm_adapt.")
+        for alias in node.names
+    }
+    inherited: list[str] = []
+    for base in kind.bases:
+        home = homes.get(base.id, f"{module}:{base.id}") if isinstance(base, ast.Name) else ""
+        inherited += settings_of(home)[0] if home else []
+    own_init = any(isinstance(node, ast.FunctionDef) and node.name == "__init__" for node in kind.body)
+    if own_init and not hands_on:
+        return names, False
+    # What `**more` takes goes to the parents where they have settings, else to a library.
+    return list(dict.fromkeys(names + inherited)), hands_on and not inherited
