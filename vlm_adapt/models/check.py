@@ -15,7 +15,7 @@ from pathlib import Path
 from vlm_adapt import weights
 from vlm_adapt.adapt import METHODS
 from vlm_adapt.choices import Choices, nearest
-from vlm_adapt.config.schema import Run, Source
+from vlm_adapt.config.schema import Run
 from vlm_adapt.connectors import CONNECTORS
 from vlm_adapt.data.shards import expand
 from vlm_adapt.errors import UserError
@@ -25,8 +25,8 @@ from vlm_adapt.vision import library_of
 SUPPLIED = {"self", "widths", "grids", "width_out", "embedding_rms"}  # given by us, not by a configuration
 
 
-def check_run(run: Run) -> None:
-    """Check names, settings and shards of every stage.
+def check_run(run: Run, shards: bool = True) -> None:
+    """Check names and settings of every stage, and whether its shards are there.
 
     Raises:
         UserError: an unknown name or setting (the nearest is named), or shards that are not there.
@@ -45,13 +45,8 @@ def check_run(run: Run) -> None:
             _check_settings(METHODS, line.method, line.options, f"adapt.{number}")
         for name in stage.evaluate.metrics:
             METRICS.check(name)
-        _check_shards(stage.data.train)
-        _check_shards(stage.data.evaluate)
-
-
-def _check_shards(sources: Iterable[Source]) -> None:
-    for source in sources:
-        expand(source.shards)
+        for source in (*stage.data.train, *stage.data.evaluate) if shards else ():
+            expand(source.shards)
 
 
 def _check_settings(table: Choices, name: str, given: Iterable[str], where: str) -> None:

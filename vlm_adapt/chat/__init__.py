@@ -1,0 +1,1 @@
+"""Talking to what was trained: history, session, terminal. Imports nothing, so that `--help` stays fast."""
