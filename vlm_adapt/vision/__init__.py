@@ -87,7 +87,8 @@ def build_tower(
     if local_weights is not None:
         weights = f"file:{local_weights}"
     build = TOWERS.load(library)
-    from vlm_adapt.vision.loading import parse_source, seeded  # brings torch, so only now
+    from vlm_adapt.vision.loading import parse_source, seeded  # these bring torch, so only now
+    from vlm_adapt.vision.tower import silence
 
     source = parse_source(weights)
     unknown = sorted(set(options or {}) - {"final_norm"})
@@ -95,4 +96,5 @@ def build_tower(
         raise UserError(f"unknown option '{unknown[0]}' of a vision tower: there is only final_norm")
     with seeded(source):
         tower = build(name, source, image_size, **dict(options or {}))
+    silence(tower)
     return tower.to(dtype).eval() if dtype is not None else tower.float().eval()

@@ -109,6 +109,8 @@ class HFTower(Tower):
         for name in ("head", "pooler", *(() if self.final_norm else (family.norm,))):
             if isinstance(getattr(model, name, None), nn.Module):
                 setattr(model, name, nn.Identity())
+        if isinstance(getattr(model.embeddings, "mask_token", None), nn.Parameter):
+            model.embeddings.mask_token = None  # for masked pretraining only
 
     def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
         hidden_NTD, arguments = self.family.embed(self.model, pixels_NCHW, self.grid)

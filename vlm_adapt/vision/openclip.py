@@ -7,9 +7,11 @@ Knows open_clip; knows nothing about text encoders, connectors or training. Its 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import open_clip
 from open_clip.model import resize_pos_embed
+from open_clip.pretrained import get_pretrained_cfg
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -81,6 +83,8 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
     own_size = _own_size(name)
     if image_size is not None and own_size is not None:
         check_image_size((image_size, image_size), own_size[1], name)
+    # A trunk of timm's is loaded at its own size and resized after; open_clip's ViT the other way round.
+    resize_later = image_size is not None and source.kind == "file" and _has_timm_trunk(name)
     try:
         model = open_clip.create_model(
             name,
@@ -88,15 +92,20 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
             load_weights=source.kind == "hub",
             require_pretrained=source.kind == "hub",
             pretrained_text=False,
-            force_image_size=image_size,
+            force_image_size=None if resize_later else image_size,
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise unreachable(f"open_clip:{name}", error) from error
-    settings = open_clip.get_model_preprocess_cfg(model)
+    settings = dict(open_clip.get_model_preprocess_cfg(model))
+    if source.kind != "hub" and not local:
+        settings.update(_usual_preprocessing(name))
     visual = model.visual
     notes: list[str] = []
     if source.kind == "file":
         notes = _load_visual(model, source.path)
+    if resize_later:
+        visual.set_input_size(image_size)
+        settings["size"] = image_size
     size = settings["size"]
     spec = ImageSpec(
         (size, size) if isinstance(size, int) else tuple(size),
@@ -127,6 +136,10 @@ def _load_visual(model: nn.Module, path: Path) -> list[str]:
     return note_left_out(str(path), others)
 
 
+def _has_timm_trunk(name: str) -> bool:
+    return "timm_model_name" in (open_clip.get_model_config(name) or {}).get("vision_cfg", {})
+
+
 def _own_size(name: str) -> tuple[int, tuple[int, int]] | None:
     """(image size, patch size) of a built-in or local model with open_clip's own ViT, else None."""
     if name.startswith("hf-hub:"):
@@ -136,6 +149,16 @@ def _own_size(name: str) -> tuple[int, tuple[int, int]] | None:
     if "timm_model_name" in vision or isinstance(vision.get("layers"), list):
         return None
     return vision.get("image_size", 224), (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+
+def _usual_preprocessing(name: str) -> dict[str, Any]:
+    """How images are prepared for the weights that open_clip knows of a built-in model.
+
+    The library says so for a tag only; of a SigLIP from a file it would assume CLIP's statistics.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    known = get_pretrained_cfg(name, tags[0]) if tags else {}
+    return {key: known[key] for key in ("mean", "std", "interpolation", "resize_mode") if known.get(key)}
 
 
 def _check_tag(name: str, tag: str) -> None:

@@ -65,15 +65,22 @@ class TimmTower(Tower):
             layers,
         )
         self.trunk, self.plain, self.final_norm = trunk, plain, final_norm
-        # TinyViT and LeViT keep a copy of their attention biases in evaluation mode.
-        self._caching = [
-            name for name, module in trunk.named_modules() if hasattr(module, "attention_bias_cache")
-        ]
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TimmTower:
+        """As in Tower. The attentions of TinyViT and LeViT stay in training mode themselves.
+
+        In evaluation mode they keep a copy of their biases, which is stale once a weight is trained or
+        loaded, and of which a second backward, or a recomputed one, finds no graph. They have no dropout.
+        """
+        super().train(mode)
+        for module in self.trunk.modules():
+            if hasattr(module, "attention_bias_cache"):
+                module.attention_bias_cache = {}
+                module.training = True
+        return self
 
     def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
-        for name in self._caching:
-            # A copy made before a weight was trained, loaded or moved would be stale.
-            self.trunk.get_submodule(name).attention_bias_cache = {}
         maps = self.trunk.forward_intermediates(
             pixels_NCHW,
             indices=layers,
@@ -110,7 +117,11 @@ class TimmTower(Tower):
 
 def take_off_head(trunk: nn.Module, depth: int, keep_norm: bool = True) -> None:
     """Remove classifier and pooling, whose weights would neither be used nor get a gradient."""
-    trunk.prune_intermediate_layers(list(range(depth)), prune_norm=not keep_norm, prune_head=True)
+    try:
+        trunk.prune_intermediate_layers(list(range(depth)), prune_norm=not keep_norm, prune_head=True)
+    except AttributeError as error:  # a head that is off already cannot be reset (TinyViT)
+        if "reset" not in str(error):
+            raise
     for name in HEADS:
         if isinstance(getattr(trunk, name, None), nn.Module):
             setattr(trunk, name, nn.Identity())

@@ -9,7 +9,7 @@ A *layer* is a depth that can be asked for: a block of a plain ViT, a stage of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,17 @@ class Tower(nn.Module):
         """Recompute each block in the backward pass (True) or keep its activations (False)."""
         raise TypeError(f"{type(self).__name__} does not say how to checkpoint activations")
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Tower:
+        """As usual (`.to`, `.float`), but batch norms stay in float32.
+
+        Their statistics lose too much in half precision, and torch mixes no other dtypes in them.
+        """
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.float()
+        return self
+
     def train(self, mode: bool = True) -> Tower:
         """As usual, but batch norms stay in evaluation mode.
 
@@ -162,6 +173,25 @@ class Tower(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
+
+
+def silence(tower: Tower) -> None:
+    """Set the encoder's own dropout and stochastic depth to zero, with a note if there was any.
+
+    They are the regularisers of its pretraining (timm's Swin has 0.1): left on, a frozen tower would
+    give other features in training than in evaluation. Dropout added later (LoRA's) is not touched.
+    """
+    silenced = 0
+    for module in tower.modules():
+        for name in ("p", "drop_prob", "dropout", "attention_dropout", "dropout_prob"):
+            value = getattr(module, name, None)
+            if isinstance(value, float) and value > 0 and (name != "p" or isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
+                silenced += 1
+    if silenced:
+        tower.notes.append(
+            f"dropout and stochastic depth were switched off in {silenced} places of the tower"
+        )
 
 
 def check_image_size(size: tuple[int, int], patch: tuple[int, int], model: str) -> None:
