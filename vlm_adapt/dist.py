@@ -42,10 +42,11 @@ def device() -> Any:
     return torch.device("cpu")
 
 
-def start(timeout_minutes: float = 30.0) -> None:
+def start() -> None:
     """Join (or, alone, make) the process group. Safe to call twice.
 
-    The time-out turns a rank that waits for ever into an error; gloo serves CPUs, nccl GPUs.
+    The time-out turns a rank that waits for ever into an error (VLM_ADAPT_TIMEOUT_MINUTES, 30 by
+    default); gloo serves CPUs, nccl GPUs.
     """
     import torch
     import torch.distributed as distributed
@@ -59,7 +60,8 @@ def start(timeout_minutes: float = 30.0) -> None:
         store = distributed.HashStore()
         distributed.init_process_group(_backend(torch), store=store, rank=0, world_size=1)
         return
-    distributed.init_process_group(_backend(torch), timeout=timedelta(minutes=timeout_minutes))
+    minutes = float(os.environ.get("VLM_ADAPT_TIMEOUT_MINUTES", "30"))
+    distributed.init_process_group(_backend(torch), timeout=timedelta(minutes=minutes))
 
 
 def _backend(torch: Any) -> str:

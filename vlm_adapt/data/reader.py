@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from vlm_adapt.data.images import load_image
 from vlm_adapt.data.phrase import Asked, Phrasing, questions_of
 from vlm_adapt.data.problems import Account, BadSample, Problem
 from vlm_adapt.data.sample import Sample, parse_sample
-from vlm_adapt.data.shards import ShardSet, joined
+from vlm_adapt.data.shards import ShardSet
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.sentence import Sentence
@@ -73,10 +74,10 @@ class Reader:
         self.limits = [
             min(len(one), source.limit or len(one)) for one, source in zip(self.sets, sources, strict=True)
         ]
-        self.starts = joined(self.sets)
+        self.starts = [0, *accumulate(self.limits)]  # samples are numbered within the limits
 
     def __len__(self) -> int:
-        """Samples of all sources, limits aside."""
+        """Samples of all sources, within their limits."""
         return self.starts[-1]
 
     @property
@@ -84,11 +85,14 @@ class Reader:
         """What the shards' indexes found wrong."""
         return [problem for one in self.sets for problem in one.problems]
 
-    def limited(self) -> list[int]:
-        """The numbers of all samples within their source's limit, in order."""
-        return [
-            start + n for start, limit in zip(self.starts, self.limits, strict=False) for n in range(limit)
-        ]
+    def counts(self, source: int) -> tuple[int, ...]:
+        """Samples of each shard of a source; its limit keeps the first ones."""
+        ends = accumulate(self.sets[source].counts)
+        limit = self.limits[source]
+        return tuple(
+            max(0, count - max(0, end - limit))
+            for end, count in zip(ends, self.sets[source].counts, strict=True)
+        )
 
     def sample(self, number: int) -> tuple[Sample, Phrasing]:
         """The sample and its source's phrasing.

@@ -26,21 +26,22 @@ def write_scores(folder: Path, scores: Scores, assembled: Assembled, run: Run) -
     pictures = _thumbnails(folder, assembled, run)
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for row in scores.predictions:
-            shown = row | ({"image": pictures[row["key"]]} if row["key"] in pictures else {})
+            number = row["number"]
+            shown = row | ({"image": pictures[number]} if number in pictures else {})
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
-def _thumbnails(folder: Path, assembled: Assembled, run: Run) -> dict[str, str]:
-    """Small JPEGs of the first held-out samples, by key; paths relative to `folder`."""
+def _thumbnails(folder: Path, assembled: Assembled, run: Run) -> dict[int, str]:
+    """Small JPEGs of the first held-out samples, by number; paths relative to `folder`."""
     from PIL import Image
 
     from vlm_adapt.data.images import decode
     from vlm_adapt.data.problems import BadSample
 
     reader = assembled.reader(run.data.evaluate, run.seed, run.data.max_pixels)
-    pictures: dict[str, str] = {}
+    pictures: dict[int, str] = {}
     (folder / "images").mkdir(exist_ok=True)
-    for number in reader.limited()[:THUMBNAILS]:
+    for number in range(min(THUMBNAILS, len(reader))):
         try:
             sample, _ = reader.sample(number)
             images = [decode(data, run.data.max_pixels) for data in sample.images]
@@ -53,5 +54,5 @@ def _thumbnails(folder: Path, assembled: Assembled, run: Run) -> dict[str, str]:
             image.save(buffer, "JPEG", quality=85)
             name = f"images/{number:06d}.jpg"
             (folder / name).write_bytes(buffer.getvalue())
-            pictures[sample.key] = name
+            pictures[number] = name
     return pictures

@@ -7,6 +7,7 @@ each sample is shown another sample's image, so everyone sees what the image is 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ def evaluate(
     if not data.evaluate:
         raise UserError("there is nothing to evaluate on: give data.evaluate shards")
     reader = assembled.reader(data.evaluate, seed, data.max_pixels)
-    numbers = reader.limited()
+    numbers = list(range(len(reader)))
     chosen = _spread(numbers, limit)
     runner = _Runner(assembled, reader, settings, autocast, device or torch.device("cpu"), synced, tell)
     assembled.model.eval()
@@ -105,7 +106,7 @@ def evaluate(
     metrics |= _loss_metrics(losses)
     metrics |= {"samples": len(chosen), "samples_available": len(numbers), "account": account.to_dict()}
     for row in rows:
-        del row["number"], row["question_number"]
+        del row["question_number"]
     return Scores(metrics, rows)
 
 
@@ -149,9 +150,9 @@ class _Runner:
             except BadSample as error:
                 self.account.refuse(self.reader.key(number), error)
                 continue
-            self.account.use()
+            self.account.use(truncated=any(row.cut for row in references))
             own = prompts[0].row.pixels if prompts else []
-            other = self._other(number, len(own), everyone) if self.settings.blind else own
+            other = self._other(number, len(own), everyone) if self.settings.blind and own else own
             yield _Item(number, sample.key, prompts, references, own, other)
 
     def _other(self, number: int, images: int, everyone: Sequence[int]) -> list[np.ndarray]:
@@ -160,17 +161,17 @@ class _Runner:
         Raises:
             UserError: there is no other sample to take images from.
         """
-        place, half = everyone.index(number), max(1, len(everyone) // 2)
+        place, half = bisect_left(everyone, number), max(1, len(everyone) // 2)
         for distance in range(half, half + len(everyone)):
             candidate = everyone[(place + distance) % len(everyone)]
-            if candidate == number and images:
+            if candidate == number:
                 continue
             try:
-                pixels = self.reader.pixels(self.reader.sample(candidate)[0])
+                sample, _ = self.reader.sample(candidate)
+                if len(sample.images) == images:
+                    return self.reader.pixels(sample)
             except BadSample:
-                continue
-            if len(pixels) == images:
-                return pixels
+                continue  # when its own turn comes it is counted
         raise UserError(
             f"blind scores need another sample with {images} image(s) besides '{self.reader.key(number)}': "
             "hold out more samples, or leave evaluate.blind off"
@@ -254,9 +255,10 @@ def _metrics(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     blind: dict[str, Any] = {}
     for name in settings.metrics:
-        metrics |= METRICS.load(name)(predictions, references, known)
+        _add(metrics, name, METRICS.load(name)(predictions, references, known))
         if settings.blind:
-            blind |= METRICS.load(name)([row["blind_prediction"] for row in rows], references, known)
+            shown = [row["blind_prediction"] for row in rows]
+            _add(blind, name, METRICS.load(name)(shown, references, known))
     metrics["questions"] = metrics.pop("samples", len(rows))
     if settings.blind:
         blind.pop("samples", None)
@@ -269,6 +271,12 @@ def _metrics(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
     return metrics
 
 
+def _add(metrics: dict[str, Any], name: str, found: dict[str, Any]) -> None:
+    """Enter a metric's figures; one that calls them like an earlier one gets a section of its own."""
+    clash = any(key in metrics for key in found if key != "samples")
+    metrics |= {name: found} if clash else found
+
+
 def _loss_metrics(losses: list[tuple[float, float, int]]) -> dict[str, Any]:
     """Token-weighted held-out loss; with blind losses, what the image is worth in nats a token."""
     losses = [one for one in losses if one[2]]
@@ -278,7 +286,7 @@ def _loss_metrics(losses: list[tuple[float, float, int]]) -> dict[str, Any]:
     metrics: dict[str, Any] = {"loss": float(own.sum() / counts.sum())}
     if not np.isnan(other).any():
         gains = (other - own) / counts
-        spread = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else math.nan
+        spread = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
         metrics["blind_loss"] = float(other.sum() / counts.sum())
         metrics["image_gain"] = {"nats_per_token": float(gains.mean()), "standard_error": spread}
     return metrics

@@ -68,24 +68,30 @@ class Contract:
         """
         self.steps += 1
         if self.steps == 1:
-            unreached = sorted(set(self.declared) - self.reached)
             for hook in self.hooks:
                 hook.remove()
+            unreached = self._anywhere([name not in self.reached for name in self.declared], self.declared)
             if unreached:
                 raise UserError(f"declared as trainable, but without a gradient: {_some(unreached)}")
         if self.steps == self.frozen_after:
-            moved = [n for n, p in self.frozen.items() if checksum(p) != self.frozen_before[n]]
+            flags = [checksum(p) != self.frozen_before[n] for n, p in self.frozen.items()]
+            moved = self._anywhere(flags, self.frozen)
             if moved:
                 raise UserError(f"frozen parameters that moved in {self.steps} steps: {_some(moved)}")
         if self.steps == self.moved_after:
-            flags = [float(checksum(p) != self.trained_before[n]) for n, p in self.declared.items()]
-            # Under ZeRO-3 a rank sees its own share; the parameter moved if any share did.
-            anywhere = dist.total(flags)
-            stayed = [name for name, flag in zip(self.declared, anywhere, strict=True) if not flag]
+            flags = [checksum(p) != self.trained_before[n] for n, p in self.declared.items()]
+            moved = self._anywhere(flags, self.declared)
+            stayed = [name for name in self.declared if name not in moved]
             if stayed:
                 raise UserError(
                     f"trainable parameters that did not move in {self.steps} steps: {_some(stayed)}"
                 )
+
+    @staticmethod
+    def _anywhere(flags: Iterable[bool], names: Iterable[str]) -> list[str]:
+        """The names flagged on any rank (under ZeRO-3 each sees its own share); all ranks agree."""
+        summed = dist.total([float(flag) for flag in flags])
+        return [name for name, flag in zip(names, summed, strict=True) if flag]
 
 
 def checksum(parameter: nn.Parameter) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ class Journal:
 
     def __init__(self, folder: Path, main: bool, reporters: Sequence[str] = (), name: str = ""):
         self.folder, self.main = folder, main
-        self.file = (folder / FILE).open("a", encoding="utf-8") if main else None
+        try:
+            self.file = (folder / FILE).open("a", encoding="utf-8") if main else None
+        except OSError as error:
+            raise UserError(f"the journal '{folder / FILE}' cannot be opened: {error.strerror}") from error
         self.reporters = [_reporter(kind, folder, name) for kind in reporters] if main else []
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -57,11 +61,11 @@ class Journal:
             ) from error
 
     def close(self) -> None:
-        """Flush to disk."""
+        """Every line was flushed when it was written, so a failure here has been told already."""
         if self.file is not None:
-            self.file.flush()
-            self.file.close()
-            self.file = None
+            file, self.file = self.file, None
+            with suppress(OSError):
+                file.close()
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:

@@ -6,14 +6,17 @@ tokens of the whole step over all ranks and microbatches.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlm_adapt import dist
+from vlm_adapt.choices import nearest
 from vlm_adapt.config.schema import Run
 from vlm_adapt.data.lanes import LaneCursor, Plan, Source
 from vlm_adapt.data.problems import Account
@@ -73,11 +76,9 @@ class StageLoop:
             raise UserError(f"stage '{stage_name}' has nothing to train on: give data.train shards")
         reader = assembled.reader(stage_run.data.train, run.seed, stage_run.data.max_pixels)
         sources = [
-            Source(one.counts if source.limit is None else _limited(one.counts, source.limit), source.weight)
-            for one, source in zip(reader.sets, stage_run.data.train, strict=True)
+            Source(reader.counts(number), source.weight)
+            for number, source in enumerate(stage_run.data.train)
         ]
-        if any(source.limit is not None for source in stage_run.data.train[:-1]):
-            raise UserError("data.train: a limit is possible for the last source only")
         plan = Plan(sources, run.seed + totals.stage, stage_run.data.lanes, stage_run.data.shuffle)
         shape = Shape(
             train.per_device_train_batch_size,
@@ -87,7 +88,7 @@ class StageLoop:
         )
         options = assembled.collate_options | {"multiple": 8 if torch.cuda.is_available() else 1}
         self.stream = Stream(reader, plan, shape, options, stage_run.data.workers)
-        self.total = train.max_steps or round(train.num_train_epochs * self.stream.steps_per_epoch)
+        self.total = train.max_steps or max(1, round(train.num_train_epochs * self.stream.steps_per_epoch))
         assembled.model.objective = OBJECTIVES.check(train.objective)
         if train.gradient_checkpointing:
             assembled.model.set_activation_checkpointing(True)
@@ -97,7 +98,11 @@ class StageLoop:
         self.contract = Contract(assembled.model, declared)
         self.engine = Engine(assembled.model, groups, train, assembled.dtype)
         self.contract.start()
-        self.cursor, self.account = LaneCursor(), Account.from_dict(totals.account)
+        self.cursor = LaneCursor()
+        # The main rank carries the account of the steps before; the others' is added at every save.
+        before = Account.from_dict(totals.account)
+        self.account = before if dist.is_main() else Account()
+        self.judged = [float(n) for n in (before.read, before.used, before.refusals)]  # of all ranks
         if resume is not None:
             state, folder = resume
             self.cursor = plan.resume(state["cursor"])
@@ -105,9 +110,11 @@ class StageLoop:
             checkpoint.restore_random(folder, state, run.seed)
         else:
             torch.manual_seed(hash((run.seed, totals.stage, dist.rank())) % 2**63)
+            self.judged[2] += len(reader.problems)
             if dist.is_main():
                 self.account.lose_all(reader.problems)
         self.saved_at = -1
+        self.scored: tuple[int, Scores] | None = None
 
     def train(self) -> bool:
         """Train to the stage's end.
@@ -125,10 +132,14 @@ class StageLoop:
                 if totals.step % train.logging_steps == 0 or totals.stage_step == self.total:
                     self.journal.step(line)
                 last = totals.stage_step == self.total
-                if train.save_steps and totals.step % train.save_steps == 0 or stop or last:
+                # Scores come before the checkpoint, which then knows whether it is the best so far.
+                due = train.eval_steps and (totals.step % train.eval_steps == 0 or last) and not stop
+                better = self._evaluate(progress) if due else False
+                if train.save_steps and totals.step % train.save_steps == 0 or better or stop or last:
                     self._save()
-                if not stop and train.eval_steps and totals.step % train.eval_steps == 0 and not last:
-                    self._evaluate(progress)
+                if better:
+                    name = f"checkpoint-{totals.step}"
+                    checkpoint.on_main(partial(checkpoint.point_best, self.output, name), "the best pointer")
                 if stop:
                     return False
         return True
@@ -145,7 +156,7 @@ class StageLoop:
             float(step.account.refusals),
             float(self.signals.asked),
         ]
-        learned, tokens, used, _, _, stop = dist.total(counts)
+        learned, tokens, used, read, refused, stop = dist.total(counts)
         # 2 forward and backward, 3 update
         engine.module.train()
         loss_sum, norm = 0.0, 0.0
@@ -163,7 +174,8 @@ class StageLoop:
         totals.stage_step += 1
         totals.samples += int(used)
         totals.tokens += int(tokens)
-        self._check(loss)
+        self.judged = [a + b for a, b in zip(self.judged, (read, used, refused), strict=True)]
+        self._check(loss, norm)
         seconds = time.perf_counter() - started + step.wait
         line = {
             "step": totals.step,
@@ -182,26 +194,34 @@ class StageLoop:
         }
         return line, bool(stop)
 
-    def _check(self, loss: float) -> None:
-        if not torch.isfinite(torch.tensor(loss)):
+    def _check(self, loss: float, norm: float) -> None:
+        """Stop a run that can come to nothing. Every rank sees the same numbers, so all stop together."""
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {what} became {value} at step {self.totals.step}: lower the learning rate; "
+                    f"checkpoints of earlier steps are in '{self.output}'"
+                )
+        read, used, refused = self.judged
+        share = self.stage_run.data.max_refused
+        nothing = used == 0 and self.totals.stage_step == self.total
+        if nothing or (read >= ENOUGH_TO_JUDGE and refused > share * read):
+            reasons = ", ".join(f"{n} x {why}" for why, n in self._whole_account().refused.items())
             raise UserError(
-                f"the loss became {loss} at step {self.totals.step}: lower the learning rate; "
-                f"the last good checkpoint is in '{self.output}'"
+                f"{refused:.0f} of {read:.0f} samples were refused ({reasons}), over data.max_refused "
+                f"{share}: `vlm-adapt shards inspect` names them"
             )
-        read, refused = self.account.read, self.account.refusals
-        if read >= ENOUGH_TO_JUDGE and refused > self.stage_run.data.max_refused * read:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in self.account.refused.items())
-            raise UserError(
-                f"{refused} of {read} samples were refused ({reasons}), over data.max_refused "
-                f"{self.stage_run.data.max_refused}: `vlm-adapt shards inspect` names them"
-            )
+
+    def _whole_account(self) -> Account:
+        merged = Account()
+        for part in dist.gather(self.account.to_dict()):
+            merged.merge(Account.from_dict(part))
+        return merged
 
     def _save(self) -> Path | None:
         if self.saved_at == self.totals.step:
             return None
-        merged = Account()
-        for part in dist.gather(self.account.to_dict()):
-            merged.merge(Account.from_dict(part))
+        merged = self._whole_account()
         # The merged account becomes the main rank's own; the others start from nothing.
         self.account = merged if dist.is_main() else Account()
         self.totals.account = merged.to_dict()
@@ -212,28 +232,34 @@ class StageLoop:
         self.journal.event("save", step=self.totals.step, checkpoint=folder.name)
         return folder
 
-    def _evaluate(self, progress: Progress) -> None:
-        """Scores on held-out samples inside training; the best checkpoint is kept."""
+    def _evaluate(self, progress: Progress) -> bool:
+        """Scores on held-out samples inside training; whether they are the best so far."""
         scores = self.score(self.stage_run.evaluate.limit)
         if scores is None:
-            return
-        best = scores.value(self.stage_run.evaluate.best_metric)
-        better = best is not None and (
-            self.totals.best is None
-            or (best > self.totals.best) == self.stage_run.evaluate.greater_is_better
-            and best != self.totals.best
-        )
+            return False
+        settings = self.stage_run.evaluate
+        new, old = scores.value(settings.best_metric), self.totals.best
+        if new is None:
+            numbers = [name for name, value in scores.metrics.items() if isinstance(value, int | float)]
+            raise UserError(
+                f"evaluate.best_metric '{settings.best_metric}' is not among the scores"
+                f"{nearest(settings.best_metric, numbers)}: there are {', '.join(numbers)}"
+            )
+        better = old is None or (new > old if settings.greater_is_better else new < old)
+        better = better and not math.isnan(new)
         if better:
-            self.totals.best = best
-        self._save()
-        if better and dist.is_main():
-            checkpoint.point_best(self.output, f"checkpoint-{self.totals.step}")
+            self.totals.best = new
         progress.note(f"step {self.totals.step}: {scores.line()}")
+        return better
 
     def score(self, limit: int | None) -> Scores | None:
         """Evaluate the model as it is; None when there is nothing held out."""
         if not self.stage_run.data.evaluate:
             return None
+        if self.scored is not None and self.scored[0] == self.totals.step:
+            known = self.scored[1]
+            if limit is None and known.metrics["samples"] == known.metrics["samples_available"]:
+                return known  # of these very weights, on every sample
         scores = evaluate(
             self.assembled,
             self.stage_run.data,
@@ -244,16 +270,9 @@ class StageLoop:
             synced=dist.world_size() > 1,
             seed=self.run.seed,
         )
+        self.scored = (self.totals.step, scores)
         self.journal.event("evaluate", step=self.totals.step, metrics=scores.metrics)
         return scores
-
-
-def _limited(counts: tuple[int, ...], limit: int) -> tuple[int, ...]:
-    kept = []
-    for count in counts:
-        kept.append(min(count, limit))
-        limit -= kept[-1]
-    return tuple(kept)
 
 
 def _memory() -> int:

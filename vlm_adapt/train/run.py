@@ -6,9 +6,11 @@ Knows stages, output folders and how a run ends; the steps themselves are in loo
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +48,18 @@ def train(run: Run, fresh: bool = False) -> int:
         return 0
     dist.start()
     dropped = 0
-    if dist.is_main():
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir '{output}' cannot be made: {error.strerror}") from error
-        dropped = rewind(output, found[0]["step"] if found else 0) if not fresh else _clear(output)
+
+    def prepare() -> None:
+        nonlocal dropped
+        output.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            _clear(output)
+        for left in output.glob(".checkpoint-*.partial"):  # a kill came in the middle of writing
+            shutil.rmtree(left)
+        dropped = rewind(output, found[0]["step"] if found else 0)
         checkpoint.write_atomically(output / "run.yaml", dump(run))
-    dist.barrier()
+
+    checkpoint.on_main(prepare, f"output_dir '{output}'")
     journal = Journal(output, dist.is_main(), run.train.report_to, output.name)
     try:
         with Signals() as signals:
@@ -104,17 +110,19 @@ def _finish(run: Run, loop: StageLoop, output: Path, folder: Path, journal: Jour
     say("scoring held-out samples" if loop.stage_run.data.evaluate else "no held-out samples to score")
     scores = loop.score(None)
     account = loop.account
-    if dist.is_main():
+
+    def write() -> None:
         if scores is not None:
             write_scores(output, scores, loop.assembled, loop.stage_run)
             say(scores.line())
         state = json.loads((folder / "state.json").read_text(encoding="utf-8")) | {DONE: True}
         checkpoint.write_atomically(folder / "state.json", json.dumps(state, indent=1))
-        if account.refusals or account.truncated:
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in account.refused.items())
-            say(
-                f"samples: {account.used} used, {account.truncated} truncated, {account.refusals} refused ({reasons})"
-            )
+
+    checkpoint.on_main(write, f"the scores in '{output}'")
+    if account.refusals or account.truncated:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in account.refused.items())
+        counts = f"{account.used} used, {account.truncated} truncated, {account.refusals} refused"
+        say(f"samples: {counts} ({reasons})")
     seconds = round(time.monotonic() - started, 1)
     journal.event("finish", step=loop.totals.step, seconds=seconds, account=account.to_dict())
     dist.barrier()
@@ -150,15 +158,12 @@ def find_state(run: Run, output: Path) -> tuple[dict[str, Any], Path] | None:
     return state, folder
 
 
-def _clear(output: Path) -> int:
-    """Forget an earlier run: its checkpoints go when new ones come, its pointers and journal go now."""
-    import shutil
-
+def _clear(output: Path) -> None:
+    """Forget an earlier run: pointers first, so that a kill leaves nothing that looks like a run."""
     for name in (LATEST, "best", "journal.jsonl", "metrics.json", "predictions.jsonl"):
         (output / name).unlink(missing_ok=True)
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
-    return 0
 
 
 def _announce(
@@ -182,8 +187,8 @@ def _announce(
         say(
             f"  {row['part']:<10} {row['method']:<14} trainable {row['trainable']:>13,}  frozen {row['frozen']:>15,}"
         )
-    if dist.is_main():
-        checkpoint.write_atomically(output / "parts.json", json.dumps(rows, indent=1))
+    write = partial(checkpoint.write_atomically, output / "parts.json", json.dumps(rows, indent=1))
+    checkpoint.on_main(write, f"'{output / 'parts.json'}'")
     journal.event(
         "stage",
         step=loop.totals.step,
