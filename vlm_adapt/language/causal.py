@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from vlm_adapt.errors import UserError
 from vlm_adapt.language.decode import decode
 from vlm_adapt.language.language import Generation, Language, LanguageInput, additive_mask
 
@@ -47,14 +49,26 @@ class CausalLanguage(Language):
         )
 
     def _masks(self, allow_BQK: Tensor, queries_BQ: Tensor, keys_BK: Tensor, dtype: torch.dtype) -> Any:
-        """One mask, or one by kind of layer where some layers see only a window of the past."""
-        mask = additive_mask(allow_BQK, dtype)
+        """One mask, or one by kind of layer where only some layers see a window of the past.
+
+        Raises:
+            UserError: the attention backend takes no mask.
+        """
+        if "flash" in str(self.config._attn_implementation):
+            raise UserError(
+                f"attention '{self.config._attn_implementation}' takes no mask, which branches, a two-way "
+                "prompt and padded prompts need: set model.language.attention to 'sdpa'"
+            )
         kinds = set(getattr(self.config, "layer_types", None) or ())
         window = getattr(self.config, "sliding_window", None)
-        if "sliding_attention" not in kinds or not window or allow_BQK.shape[-1] <= window:
+        windowed = bool(window) and allow_BQK.shape[-1] > window and kinds != {"full_attention"}
+        mask = additive_mask(allow_BQK, dtype)
+        if not windowed:
             return mask
-        near = (queries_BQ[:, :, None] - keys_BK[:, None, :]) < window
-        masks = {"full_attention": mask, "sliding_attention": additive_mask(allow_BQK & near, dtype)}
+        near = additive_mask(allow_BQK & ((queries_BQ[:, :, None] - keys_BK[:, None, :]) < window), dtype)
+        if not kinds:  # Mistral, Phi-3: every layer has the window
+            return near
+        masks = {"full_attention": mask, "sliding_attention": near}
         return {kind: masks[kind] for kind in kinds}
 
     @torch.no_grad()
@@ -83,9 +97,11 @@ class CausalLanguage(Language):
         if branches_BK is None:
             branches_BK = torch.zeros_like(keys_BK)
         branch_BW, next_BW = branches_BK.gather(1, at_BW), keys_BK.gather(1, at_BW) + 1
-        masked = inputs.allow_BTT is not None or not bool(there_BW.all()) or writers_BW.shape[1] > 1
+        masked = inputs.allow_BTT is not None or not bool(valid_BK.all()) or writers_BW.shape[1] > 1
 
-        output = self._run(inputs, use_cache=True)
+        # A cache that drops what leaves a window would drop the tokens of the wrong branch or row: it
+        # goes by place in the row, and padding and other branches' tokens take places too.
+        output = self._run(inputs, use_cache=True, past_key_values=DynamicCache())
         cache, hidden_BTD = output.past_key_values, output.last_hidden_state
         first_BWD = hidden_BTD.gather(1, at_BW[:, :, None].expand(-1, -1, hidden_BTD.shape[-1]))
 

@@ -101,8 +101,9 @@ class Language(nn.Module):
         """Hidden states [..., D] -> logits [..., V], with the scale or soft cap that the model declares."""
         logits = self.model.get_output_embeddings()(hidden_D)
         config = self.config
-        if getattr(config, "logits_scaling", None):  # Granite
-            logits = logits / config.logits_scaling
+        if getattr(config, "logits_scaling", None):
+            divides = config.model_type.startswith("granite")  # HyperCLOVA X multiplies
+            logits = logits / config.logits_scaling if divides else logits * config.logits_scaling
         if getattr(config, "logit_scale", None) and config.model_type.startswith("cohere"):
             logits = logits * config.logit_scale
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2

@@ -54,6 +54,8 @@ def load_language(
         config = AutoConfig.from_pretrained(str(model), **revision)
     seq2seq = bool(getattr(config, "is_encoder_decoder", False))
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    if not seq2seq:
+        _check_masks(config, model)
     options: dict[str, Any] = {"dtype": dtype}
     if attention == "auto":
         attention = "sdpa" if torch.cuda.is_available() and not seq2seq else "eager"
@@ -68,6 +70,35 @@ def load_language(
         else:
             loaded = auto.from_pretrained(str(model), use_safetensors=True, **revision, **options)
     return LANGUAGES.load("seq2seq" if seq2seq else "causal")(loaded).eval()
+
+
+def _check_masks(config: Any, model: str | Path) -> None:
+    """Raise UserError for an architecture that would not, or not quite, keep to the masks it is given.
+
+    Branches, padded prompts and two-way prompts need every layer to see just what the mask allows, at
+    the positions given: a state that runs through the row, or a distance counted along it, does not.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    text = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    reason = ""
+    if getattr(kind, "_is_stateful", False):
+        reason = "it carries a recurrent state through the row"
+    elif layers:
+        reason = f"its layers of kind '{sorted(layers)[0]}' take no mask"
+    elif text.model_type in ("bloom", "mpt") or getattr(text, "alibi", False):
+        reason = "its ALiBi counts distances along the row, whatever the positions given"
+    elif text.model_type == "gpt_neo":
+        reason = "its attention has a causal table of its own, whatever the mask"
+    elif getattr(text, "hidden_size_per_layer_input", 0):
+        reason = "its layers look words up by id, and an image's tokens have none"
+    if reason:
+        raise UserError(
+            f"the language model '{model}' ({text.model_type}) cannot read images in sentences here: "
+            f"{reason}; choose one with attention in every layer (Llama, Qwen, Gemma 1 to 3, Phi, OPT, …)"
+        )
 
 
 def choose_template(name: str, tokenizer: Any, seq2seq: bool, prefix_lm: bool) -> Template:
