@@ -22,8 +22,6 @@ from vlm_adapt.errors import UserError
 if TYPE_CHECKING:
     from vlm_adapt.config.schema import Run
 
-UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever typer keeps click
-
 
 class Verbs(TyperGroup):
     """A group of verbs that suggests the nearest one."""
@@ -116,10 +114,13 @@ def chat(
     for file in files:
         if not Path(file).expanduser().is_file():
             raise UserError(f"there is no image '{file}'")
+    from transformers.utils.logging import disable_progress_bar
+
     from vlm_adapt.chat.session import Session
     from vlm_adapt.chat.terminal import Terminal, answer_once
     from vlm_adapt.language.language import Generation
 
+    disable_progress_bar()  # of reading weights from a disk: a second's work, and a reply should stand alone
     session = Session.open(checkpoint, system, Generation(max_new_tokens, temperature, top_p, seed))
     if prompt is not None:
         answer_once(session, prompt, files)
@@ -281,32 +282,7 @@ def _print_refused(figures: dict[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb.
-
-    Returns:
-        0 done, 1 the reader of our output has gone, 2 the user's to mend, 130 Ctrl-C, 143 SIGTERM.
-    """
+    """Run a verb; returns 0, or the code of what stopped it (see exits.py)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        code = typer.main.get_command(app).main(words, prog_name="vlm-adapt", standalone_mode=False)
-        sys.stdout.flush()
-        return code or 0
-    except UserError as error:
-        exits.say(str(error))
-    except UsageError as error:
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message(), file=sys.stderr)
-        else:
-            exits.say(exits.usage_sentence(error, words))
-    except (KeyboardInterrupt, typer.Abort):
-        print(file=sys.stderr)
-        return exits.INTERRUPTED
-    except BrokenPipeError:
-        exits.leave_pipe()
-        return 1
-    except Exception as error:
-        sentence = exits.memory_sentence(error)
-        if sentence is None:
-            raise
-        exits.say(sentence)
-    return exits.USER
+    command = typer.main.get_command(app)
+    return exits.guarded(lambda: command.main(words, prog_name="vlm-adapt", standalone_mode=False), words)

@@ -9,14 +9,53 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import typer
 
 from vlm_adapt import dist
 from vlm_adapt.choices import nearest
+from vlm_adapt.errors import UserError
 
-USER, INTERRUPTED = 2, 130
+PIPE, USER, INTERRUPTED = 1, 2, 130
 RANK_PATIENCE = 3.0  # seconds in which a launcher ends the other ranks once the main one has spoken
+UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever typer keeps click
+
+
+def guarded(verb: Callable[[], int | None], words: Sequence[str]) -> int:
+    """Run a verb and turn what a user can mend into a sentence.
+
+    Args:
+        words: the arguments, for suggestions.
+
+    Returns:
+        what the verb returns (None is 0); 1 the reader of our output has gone, 2 the user's to mend,
+        130 Ctrl-C.
+    """
+    try:
+        code = verb()
+        sys.stdout.flush()
+        return code or 0
+    except UserError as error:
+        say(str(error))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+        else:
+            say(usage_sentence(error, words))
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        leave_pipe()
+        return PIPE
+    except Exception as error:
+        sentence = memory_sentence(error)
+        if sentence is None:
+            raise
+        say(sentence)
+    return USER
 
 
 def say(sentence: str) -> None:
