@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import tiny
 
 
 def assemble(
     vision: Path, language: Path, connector: str = "mlp", state_size: int = 0, **settings: Any
 ) -> Any:
-    """Our own build() of a configuration with two folders; `layers` goes to the tower, the rest to the language."""
+    """Our own build() of two folders; `layers` goes to the tower, the rest to the language."""
     import torch
 
     from vlm_adapt.config.schema import Model

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import transformers
-
 import rows
 import tiny
 import tiny_languages
+import torch
+import transformers
+
 from vlm_adapt.language.causal import CausalLanguage
 from vlm_adapt.language.decode import decode
 from vlm_adapt.language.language import Generation, LanguageInput

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rows
+import tiny
+import tiny_languages
 import torch
 import transformers
 from torch import Tensor
 
-import rows
-import tiny
-import tiny_languages
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.causal import CausalLanguage
 from vlm_adapt.language.language import LanguageInput

@@ -1,4 +1,4 @@
-"""Tiny random causal language models of many families, by name; with a window of WINDOW where they have one."""
+"""Tiny random causal language models of many families, by name, with a window where they have one."""
 
 from __future__ import annotations
 

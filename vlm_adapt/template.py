@@ -144,9 +144,7 @@ class _Writer:
 
     def flush(self) -> None:
         if self.pending:
-            self.segments.append(
-                Text(self.pending, causal=self.causal, turn=self.turn, branch=self.branch)
-            )
+            self.segments.append(Text(self.pending, causal=self.causal, turn=self.turn, branch=self.branch))
             self.pending = ""
 
     def add(self, segment: Segment) -> None:
@@ -187,9 +185,7 @@ def plain_template(end: str) -> Template:
 
 def bare_template(end: str, prompt_is_causal: bool = True) -> Template:
     """`{content}\\n{answer}{end}`: PaliGemma's form, and PaLI's when the language is encoder-decoder."""
-    return Template(
-        system_end="\n", user_end="\n", end=end, between="\n", prompt_is_causal=prompt_is_causal
-    )
+    return Template(system_end="\n", user_end="\n", end=end, between="\n", prompt_is_causal=prompt_is_causal)
 
 
 def tokenizer_template(tokenizer: Any) -> Template:

@@ -91,9 +91,7 @@ def collate(
     count = max(1, len(rows))
     longest = max((len(row) for row in rows), default=1)
     length = -(-longest // multiple) * multiple
-    grids = {
-        name: np.zeros((count, length), np.int64) for name in ("ids", "blocks", "branches", "positions")
-    }
+    grids = {name: np.zeros((count, length), np.int64) for name in ("ids", "blocks", "branches", "positions")}
     grids["ids"][:] = FILLER_ID
     documents = np.zeros((count, length), np.int64)
     predict_from, targets, images, positions = [], [], [], []

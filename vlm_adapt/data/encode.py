@@ -64,8 +64,11 @@ class Encoded:
     @property
     def plain(self) -> bool:
         """Whether this is one causal text without branches, which needs no mask."""
-        return not self.branches.any() and len(self.blocks) > 0 and self.blocks[0] == 1 and bool(
-            (np.diff(self.blocks) == 1).all()
+        return (
+            not self.branches.any()
+            and len(self.blocks) > 0
+            and self.blocks[0] == 1
+            and bool((np.diff(self.blocks) == 1).all())
         )
 
 
@@ -117,7 +120,9 @@ class Encoder:
         while len(row.ids) > self.max_length:
             shorter = self._shorter(sentence)
             if shorter is None:
-                raise BadSample("one turn alone is too long", f"{len(row.ids)} tokens, max_length {self.max_length}")
+                raise BadSample(
+                    "one turn alone is too long", f"{len(row.ids)} tokens, max_length {self.max_length}"
+                )
             sentence, cut = shorter, cut + 1
             row = self._write(sentence)
         if learn and not row.targets:
@@ -161,7 +166,9 @@ class Encoder:
             row.decoder_ids = [self.start_id]
             for segment in segments[prompt:]:
                 if not isinstance(segment, Text):
-                    raise BadSample("an image after the first answer, where an encoder-decoder reads text only")
+                    raise BadSample(
+                        "an image after the first answer, where an encoder-decoder reads text only"
+                    )
                 tokens = self._tokens(segment.text)
                 if segment.learned:
                     first = len(row.decoder_ids) - 1
