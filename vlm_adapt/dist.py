@@ -53,7 +53,7 @@ def start() -> None:
 
     if distributed.is_initialized():
         return
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ or os.environ.get("MASTER_PORT") == "0":  # alone, or started by one alone
         # DeepSpeed reads the environment even when it is handed a process group.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = "0"

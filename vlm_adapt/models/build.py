@@ -20,6 +20,7 @@ from vlm_adapt.data.encode import Encoder
 from vlm_adapt.data.reader import Reader
 from vlm_adapt.language.load import choose_template, load_language, load_tokenizer
 from vlm_adapt.models.vlm import VisionLanguageModel
+from vlm_adapt.quiet import quiet
 from vlm_adapt.template import Template
 from vlm_adapt.vision import build_tower
 
@@ -66,6 +67,7 @@ class Assembled:
         }
 
 
+@quiet()
 def build(
     config: Model, dtype: torch.dtype, seed: int = 0, tokenizer_folder: Path | None = None
 ) -> Assembled:
