@@ -140,8 +140,10 @@ class Language(nn.Module):
         return losses_N.sum(), losses_N.detach()
 
     def _losses(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-        if not len(targets_N):  # a rank without targets still runs the head, for ZeRO's collectives
-            return self.logits(hidden_ND.new_zeros(1, hidden_ND.shape[-1])).float().sum()[None] * 0.0
+        if not len(targets_N):
+            # A rank without targets still runs the head, and backward through every block: ZeRO waits.
+            nothing_1D = hidden_ND.sum(0, keepdim=True)
+            return self.logits(nothing_1D).float().sum()[None] * 0.0
         return nn.functional.cross_entropy(self.logits(hidden_ND).float(), targets_N, reduction="none")
 
     def generate(self, inputs: LanguageInput, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
