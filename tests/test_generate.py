@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import rows
 import tiny
@@ -49,15 +50,9 @@ def forced(ours: Any, sentence: Sentence, seed: int, answer: list[int]) -> list[
             ("branches", 0),
             ("positions", int(row.positions[-1]) + 1),
         ):
-            setattr(row, name, _append(getattr(row, name), value))
+            setattr(row, name, np.append(getattr(row, name), value))
     logits_BTV = ours.model.logits(rows.batch(ours, [row]))
     return logits_BTV[0, start - 1 :].argmax(-1).tolist()
-
-
-def _append(array: Any, value: int) -> Any:
-    import numpy as np
-
-    return np.append(array, value)
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2", "gemma3", "mistral"])
@@ -110,6 +105,19 @@ def test_encoder_decoder_equals_teacher_forcing(parts: Path) -> None:
     answers = ours.model.generate(batch, Generation(LENGTH), set())
     batch.decoder_ids_BU = torch.tensor([[ours.model.language.start_id, *answer[:-1]] for answer in answers])
     assert ours.model.logits(batch).argmax(-1).tolist() == answers
+
+
+def test_encoder_decoder_goes_on_after_earlier_answers(parts: Path) -> None:
+    """Turns after the first answer are the decoder's past: of unequal lengths in one batch."""
+    ours = rows.assemble(parts / "vit", parts / "t5")
+    talks = [["<image>no", "red blue", "is the shape red?"], ["two"], ["a", "yes", "no"]]
+    prompts = [rows.conversation(ours, *talk, seed=i, learn=False) for i, talk in enumerate(talks)]
+    answers = ours.model.generate(rows.batch(ours, prompts), Generation(LENGTH), set())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = len(prompt.decoder_ids)
+        prompt.decoder_ids = np.concatenate([prompt.decoder_ids, answer[:-1]])
+        logits_BUV = ours.model.logits(rows.batch(ours, [prompt]))
+        assert logits_BUV[0, start - 1 :].argmax(-1).tolist() == answer
 
 
 @pytest.mark.parametrize("family", tiny_languages.FAMILIES)

@@ -13,6 +13,7 @@ property: a turn is always written the way it was first written.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,12 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.sentence import IMAGE_PLACEHOLDER, Image, Segment, Sentence, State, Text
 
 Message = dict[str, Any]
+
+# Some templates (Llama 3, SmolLM3) tell the date. A run must not depend on its day: chat, weeks later,
+# says what training said. This macro stands before transformers' function of the same name.
+_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday"}
+_REPLACED = "".join(f".replace({code!r}, {text!r})" for code, text in _DATE.items())
+_ONE_DAY = "{%- macro strftime_now(form) -%}{{ form" + _REPLACED + " }}{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,8 @@ class Template:
         answer_start: learned, before the answer (the space that base models write with a word).
         end: what closes an answer. It is learned, and generation stops at it.
         between: after `end`, before the next user's turn.
+        system_in_turn: the system message stands inside the first user's turn (Llama 2, Gemma 3), which
+            `system_start` then opens: `user_start` is left out there.
         prompt_is_causal: False reads everything before the first answer both ways (prefix-LM).
     """
 
@@ -46,6 +55,7 @@ class Template:
     end: str = ""
     between: str = ""
     prompt_is_causal: bool = True
+    system_in_turn: bool = False
 
     def conversation(
         self, messages: Sequence[Message], state: Sequence[float] = (), first_image: int = 0
@@ -63,11 +73,10 @@ class Template:
         """
         writer = _Writer(self.prompt_is_causal, first_image)
         messages = list(messages)
-        if messages and messages[0].get("role") == "system":
-            writer.text(self.system_start + _content(messages[0]) + self.system_end)
-            messages = messages[1:]
-        else:
-            writer.text(self.opening)
+        has_system = bool(messages) and messages[0].get("role") == "system"
+        before = self._before(_content(messages.pop(0)) if has_system else None)
+        if not messages:
+            writer.text(before.removesuffix(self.user_start))
         for position, message in enumerate(messages):
             expected = "assistant" if position % 2 else "user"
             if message.get("role") != expected:
@@ -78,8 +87,7 @@ class Template:
             if expected == "user":
                 if position:
                     writer.turn += 1
-                    writer.text(self.between)
-                writer.text(self.user_start)
+                writer.text(self.between + self.user_start if position else before)
                 writer.flush()  # as `questions` does, so that both tokenize alike
                 if position == 0 and len(state):
                     writer.add(State(tuple(float(value) for value in state), causal=writer.causal))
@@ -106,8 +114,7 @@ class Template:
             pairs: (question, answer); an answer of None leaves a prompt.
         """
         writer = _Writer(self.prompt_is_causal, 0)
-        opening = self.opening if system is None else self.system_start + system + self.system_end
-        writer.text(opening + self.user_start)
+        writer.text(self._before(system))
         if len(state):
             writer.add(State(tuple(float(value) for value in state), causal=writer.causal))
         for _ in range(images):
@@ -123,6 +130,13 @@ class Template:
                 writer.answer(self.answer_start + answer + self.end)
             writer.flush()
         return writer.sentence()
+
+    def _before(self, system: str | None) -> str:
+        """Everything before the first user's content."""
+        if system is None:
+            return self.opening + self.user_start
+        before = self.system_start + system + self.system_end
+        return before if self.system_in_turn else before + self.user_start
 
 
 def _content(message: Message) -> str:
@@ -204,7 +218,11 @@ def tokenizer_template(tokenizer: Any) -> Template:
     def render(messages: list[Message], prompt: bool = False) -> str:
         try:
             return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, enable_thinking=False
+                messages,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                enable_thinking=False,
+                chat_template=_ONE_DAY + tokenizer.get_chat_template(),
             )
         except Exception as error:  # Jinja templates raise what they like
             raise UserError(
@@ -212,8 +230,10 @@ def tokenizer_template(tokenizer: Any) -> Template:
                 "set model.language.template to 'plain'"
             ) from error
 
-    whole, asked = render(turns), render(turns[:1], prompt=True)
-    if [whole.find(m) for m in markers] != sorted(whole.find(m) for m in markers) or user not in asked:
+    whole, once, asked = render(turns), render(turns[:2]), render(turns[:1], prompt=True)
+    places = [whole.find(marker) for marker in markers]
+    in_order = places[0] >= 0 and places == sorted(places)
+    if not in_order or user not in asked or not 0 <= once.find(user) < once.find(answer):
         raise UserError(
             "the tokenizer's chat template does not keep the messages in order: "
             "set model.language.template to 'plain'"
@@ -221,33 +241,44 @@ def tokenizer_template(tokenizer: Any) -> Template:
     head = whole[: whole.index(user)]
     middle = whole[whole.index(answer) + len(answer) : whole.index(user2)]
     tail = whole[whole.index(answer2) + len(answer2) :]
-    end = _common_prefix(middle, tail).rstrip("\n") or tail.rstrip("\n")
-    end = end or (tokenizer.eos_token or "")
+    # Phi-3 goes on with <|user|> or <|endoftext|>: half a token in common is none.
+    common = _common_prefix(middle, tail)
+    common = common if common == tail else re.sub(r"[<\[][^>\]]*$", "", common)
+    end = common.rstrip("\n") or tail.rstrip("\n") or tokenizer.eos_token or ""
     between_and_user = middle.removeprefix(end)
     # The opening may hold a default system text; what precedes each later user turn is the turn's own.
     user_start = _common_suffix(head, between_and_user)
-    system_start, system_end = _system_strings(render, turns, user, user_start)
+    opening = head.removesuffix(user_start)
+    system_start, system_end, system_in_turn = _system_strings(render, turns[0], opening, user_start)
+    user_end = asked[asked.index(user) + len(user) :]
+    before_answer = once[once.index(user) + len(user) : once.index(answer)]
     return Template(
-        opening=head.removesuffix(user_start),
+        opening=opening,
         system_start=system_start,
         system_end=system_end,
         user_start=user_start,
-        user_end=asked[asked.index(user) + len(user) :],
+        user_end=user_end,
+        # Llama 2's prompt ends with "[/INST]", and its answers begin with a space.
+        answer_start=before_answer.removeprefix(user_end) if before_answer.startswith(user_end) else "",
         end=end,
         between=between_and_user.removesuffix(user_start),
+        system_in_turn=system_in_turn,
     )
 
 
-def _system_strings(render: Any, turns: list[Message], user: str, user_start: str) -> tuple[str, str]:
+def _system_strings(render: Any, turn: Message, opening: str, user_start: str) -> tuple[str, str, bool]:
+    """system_start, system_end and system_in_turn."""
     marker = "\u2045S\u2046"
-    try:
-        text = render([{"role": "system", "content": marker}, *turns])
-    except UserError:  # Gemma and others allow no system message: it then opens the conversation
-        return "", "\n\n"
-    if marker not in text:
-        return "", "\n\n"
-    head = text[: text.index(user)]
-    return head[: head.index(marker)], head[head.index(marker) + len(marker) :].removesuffix(user_start)
+    try:  # one turn only: some templates move the system message into the last one
+        text = render([{"role": "system", "content": marker}, turn], prompt=True)
+    except UserError:
+        text = ""
+    head = text[: text.find(turn["content"])]
+    if marker not in head:  # Gemma has no system message: it then opens the first user's content
+        return opening + user_start, "\n\n", True
+    rest = head[head.index(marker) + len(marker) :]
+    in_turn = not rest.endswith(user_start)
+    return head[: head.index(marker)], rest if in_turn else rest.removesuffix(user_start), in_turn
 
 
 def _common_prefix(first: str, second: str) -> str:

@@ -57,7 +57,12 @@ class Encoded:
         return len(self.ids)
 
     def ends(self) -> list[int]:
-        """The last token of every branch, or of the row when it has none: where answers would begin."""
+        """The last token of every branch, or of the row when it has none: where answers would begin.
+
+        For encoder-decoders the last of `decoder_ids`, which hold the answers so far.
+        """
+        if self.decoder_ids is not None:
+            return [len(self.decoder_ids) - 1]
         last = {int(branch): place for place, branch in enumerate(self.branches)}
         return [last[branch] for branch in sorted(last) if branch > 0] or [len(self.ids) - 1]
 
@@ -117,11 +122,11 @@ class Encoder:
         """
         check_images(sentence, images, key)
         row, cut = self._write(sentence), 0
-        while len(row.ids) > self.max_length:
+        while row.length() > self.max_length:
             shorter = self._shorter(sentence)
             if shorter is None:
                 raise BadSample(
-                    "one turn alone is too long", f"{len(row.ids)} tokens, max_length {self.max_length}"
+                    "one turn alone is too long", f"{row.length()} tokens, max_length {self.max_length}"
                 )
             sentence, cut = shorter, cut + 1
             row = self._write(sentence)
@@ -175,7 +180,8 @@ class Encoder:
                     row.predict_from += range(first, first + len(tokens))
                     row.targets += tokens
                 row.decoder_ids += tokens
-            row.decoder_ids = row.decoder_ids[:-1] or [self.start_id]
+            if segments[prompt:] and segments[-1].learned:
+                row.decoder_ids.pop()  # it predicts nothing; a prompt's last token does
         return row
 
 
@@ -210,6 +216,10 @@ class _Row:
             self.branches.append(branch)
             self.positions.append(0 if previous is None else self.positions[previous] + 1)
             self.last_of[branch] = here
+
+    def length(self) -> int:
+        """Tokens of the row, or of the decoder's where that is longer."""
+        return max(len(self.ids), len(self.decoder_ids or ()))
 
     def finish(self, key: str, cut: int, state_size: int) -> Encoded:
         whole = np.int64

@@ -5,6 +5,8 @@ Knows how to hand embeddings to the encoder and ids to the decoder; knows nothin
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,13 +60,29 @@ class Seq2SeqLanguage(Language):
 
     @torch.no_grad()
     def generate(self, inputs: LanguageInput, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
-        """Write an answer for every row; padding may be on either side of the prompts."""
-        encoded = self._encode(inputs)
-        state: dict[str, object] = {"cache": None}
+        """Write an answer for every row, after what its decoder has read so far (earlier answers).
 
-        def step(ids_B: Tensor) -> Tensor:
+        Args:
+            inputs: prompts, padded on either side; `decoder_ids_BU` padded on the right up to
+                `writers_BW`; by default the start token alone.
+        """
+        encoded = self._encode(inputs)
+        ids_BU = inputs.decoder_ids_BU
+        if ids_BU is None or inputs.writers_BW is None:
+            ids_BU = torch.full((len(encoded), 1), self.start_id, device=encoded.device)
+            writers_B1 = torch.zeros_like(ids_BU)
+        else:
+            writers_B1 = inputs.writers_BW[:, :1]
+        # Moved to the right end: T5 counts distances along the cache, which must have no gap.
+        longest = int(writers_B1.max()) + 1
+        places_BU = torch.arange(longest, device=encoded.device)[None] - (longest - 1 - writers_B1)
+        ids_BU, valid_BU = ids_BU.gather(1, places_BU.clamp_min(0)), places_BU >= 0
+        state: dict[str, Any] = {"cache": None, "valid_BU": valid_BU.long()}
+
+        def read(ids_BU: Tensor) -> Tensor:
             output = self.model.get_decoder()(
-                input_ids=ids_B[:, None],
+                input_ids=ids_BU,
+                attention_mask=state["valid_BU"],
                 encoder_hidden_states=encoded,
                 encoder_attention_mask=inputs.valid_BT.long(),
                 past_key_values=state["cache"],
@@ -73,5 +91,8 @@ class Seq2SeqLanguage(Language):
             state["cache"] = output.past_key_values
             return self.logits(output.last_hidden_state[:, -1])
 
-        first = torch.full((len(encoded),), self.start_id, device=encoded.device)
-        return decode(step(first), step, settings, stop_ids)
+        def step(ids_B: Tensor) -> Tensor:
+            state["valid_BU"] = nn.functional.pad(state["valid_BU"], (0, 1), value=1)
+            return read(ids_B[:, None])
+
+        return decode(read(ids_BU), step, settings, stop_ids)

@@ -76,7 +76,9 @@ class VisionLanguageModel(nn.Module):
             embeds_BTD = splice(embeds_BTD, self.state_projector(states_SF), batch.state_positions_S)
         valid_BT = batch.documents_BT > 0
         if batch.plain or self.language.seq2seq:
-            return LanguageInput(embeds_BTD, valid_BT, decoder_ids_BU=batch.decoder_ids_BU)
+            return LanguageInput(
+                embeds_BTD, valid_BT, decoder_ids_BU=batch.decoder_ids_BU, writers_BW=batch.writers_BW
+            )
         allow_BTT = attention_mask(batch.documents_BT, batch.blocks_BT, batch.branches_BT)
         return LanguageInput(
             embeds_BTD,
