@@ -9,6 +9,7 @@ from transformers import Idefics3Config, LlavaConfig
 
 from vlm_adapt.connectors import CONNECTORS, build_connector, connector_options
 from vlm_adapt.connectors.gather import GatherLayers
+from vlm_adapt.connectors.resampler import ResamplerBlock
 from vlm_adapt.errors import UserError
 
 TINY_QFORMER = {
@@ -123,6 +124,24 @@ def test_resampler_reads_all_patches_in_any_order() -> None:
     torch.testing.assert_close(connector([features_NPV[:, order]]), tokens_NKD, rtol=1e-4, atol=1e-5)
     features_NPV[:, 5] = torch.randn(16)
     assert (connector([features_NPV]) - tokens_NKD).abs().max() > 1e-5
+
+
+def test_resampler_block_attends_to_features_and_latents() -> None:
+    block = ResamplerBlock(width=12, heads=2, head_width=4, expansion=4)
+    features_PW, latents_KW = torch.randn(5, 12), torch.randn(3, 12)
+    normed_KW = block.norm_latents(latents_KW)
+    media_SW = torch.cat([block.norm_features(features_PW), normed_KW])
+    query, key, value = block.to_query(normed_KW), *block.to_key_value(media_SW).chunk(2, -1)
+    heads = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights_KS = (query[:, head] @ key[:, head].T / 2).softmax(-1)  # 2 is the root of 4 channels a head
+        heads.append(weights_KS @ value[:, head])
+    expected_KW = latents_KW + block.to_out(torch.cat(heads, -1))
+    expected_KW = expected_KW + block.feed_forward(expected_KW)
+    # The same sums in another order, of numbers around 1.
+    torch.testing.assert_close(
+        block(features_PW[None], latents_KW[None])[0], expected_KW, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_mlp_is_llavas_projector() -> None:

@@ -201,6 +201,19 @@ def test_a_block_can_be_wrapped(tower: Tower) -> None:
     assert torch.equal(tower(pixels_NCHW, [layer])[0], plain * 2)
 
 
+def test_blocks_after_the_deepest_layer_do_not_run(tower: Tower) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a block ran that no wanted layer needs")
+
+    deepest = tower.depth - 2
+    for index in set(range(len(tower.blocks))) - set(tower.used_blocks([deepest])):
+        tower.blocks[index].register_forward_pre_hook(refuse)
+    pixels_NCHW = torch.randn(1, 3, *tower.image_spec.size)
+    tower(pixels_NCHW, [0, -2])
+    with pytest.raises(AssertionError, match="a block ran"):
+        tower(pixels_NCHW, [-1])
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_half_precision(tower: Tower, autocast: bool) -> None:
     pixels_NCHW = torch.randint(0, 256, (1, 3, *tower.image_spec.size), dtype=torch.uint8)

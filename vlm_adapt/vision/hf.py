@@ -38,22 +38,22 @@ class Family:
     blocks: str
     norm: str
     normed: bool
-    embed: Callable[[nn.Module, Tensor, Grid], Embedded]
+    embed: Callable[[Any, Tensor, Grid], Embedded]
 
 
-def _embed_plain(model: nn.Module, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
+def _embed_plain(model: Any, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
     return model.embeddings(pixels_NCHW), {}
 
 
-def _embed_clip(model: nn.Module, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
+def _embed_clip(model: Any, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
     return model.pre_layrnorm(model.embeddings(pixels_NCHW)), {"attention_mask": None}
 
 
-def _embed_siglip(model: nn.Module, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
+def _embed_siglip(model: Any, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
     return model.embeddings(pixels_NCHW), {"attention_mask": None}
 
 
-def _embed_siglip2(model: nn.Module, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
+def _embed_siglip2(model: Any, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
     # It takes patches already cut, each as (row, column, channel), and the grid they came from.
     batch, channels, height, width = pixels_NCHW.shape
     rows, columns = grid
@@ -63,7 +63,7 @@ def _embed_siglip2(model: nn.Module, pixels_NCHW: Tensor, grid: Grid) -> Embedde
     return model.embeddings(patches_NPV, shapes_N2), {"attention_mask": None}
 
 
-def _embed_dinov3(model: nn.Module, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
+def _embed_dinov3(model: Any, pixels_NCHW: Tensor, grid: Grid) -> Embedded:
     return model.embeddings(pixels_NCHW), {"position_embeddings": model.rope_embeddings(pixels_NCHW)}
 
 
@@ -88,9 +88,7 @@ class HFTower(Tower):
             (SigLIP, ViT and DINO do, CLIP does not).
     """
 
-    def __init__(
-        self, model: nn.Module, family: Family, image_spec: ImageSpec, final_norm: bool | None = None
-    ):
+    def __init__(self, model: Any, family: Family, image_spec: ImageSpec, final_norm: bool | None = None):
         blocks = model.get_submodule(family.blocks)
         patch = model.config.patch_size
         grid = (image_spec.size[0] // patch, image_spec.size[1] // patch)
@@ -100,9 +98,10 @@ class HFTower(Tower):
             [model.config.hidden_size] * depth,
             [grid] * depth,
             [f"model.{family.blocks}.{index}" for index in range(depth)],
-            range(depth),
+            list(range(depth)),
         )
-        self.model, self.family = model, family
+        self.model: Any = model
+        self.family = family
         self.final_norm = family.normed if final_norm is None else final_norm
         self.checkpointing = False
         # What no feature passes through would never get a gradient.
@@ -143,7 +142,7 @@ class WholeModelTower(Tower):
     It saves no compute on shallow layers, and names no blocks unless it finds one list of them.
     """
 
-    def __init__(self, model: nn.Module, image_spec: ImageSpec, final_norm: bool | None = None):
+    def __init__(self, model: Any, image_spec: ImageSpec, final_norm: bool | None = None):
         model.eval()
         with torch.no_grad():
             maps = _hidden_states(model, torch.zeros(1, 3, *image_spec.size), final_norm)
@@ -157,7 +156,8 @@ class WholeModelTower(Tower):
         grids = [_grid_of(features.shape, image_spec, model) for features in maps]
         widths = [features.shape[1] if features.ndim == 4 else features.shape[2] for features in maps]
         super().__init__(image_spec, widths, grids, [f"model.{name}" for name in names], range(len(names)))
-        self.model, self.final_norm = model, final_norm
+        self.model: Any = model
+        self.final_norm = final_norm
 
     def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
         maps = _hidden_states(self.model, pixels_NCHW, self.final_norm)
@@ -185,7 +185,7 @@ class WholeModelTower(Tower):
             self.model.gradient_checkpointing_disable()
 
 
-def _hidden_states(model: nn.Module, pixels_NCHW: Tensor, final_norm: bool | None) -> list[Tensor]:
+def _hidden_states(model: Any, pixels_NCHW: Tensor, final_norm: bool | None) -> list[Tensor]:
     output = model(pixel_values=pixels_NCHW, output_hidden_states=True)
     maps = list(getattr(output, "reshaped_hidden_states", None) or output.hidden_states)[1:]
     last = output.last_hidden_state
@@ -194,7 +194,7 @@ def _hidden_states(model: nn.Module, pixels_NCHW: Tensor, final_norm: bool | Non
     return maps
 
 
-def _grid_of(shape: torch.Size, image_spec: ImageSpec, model: nn.Module) -> tuple[int, int]:
+def _grid_of(shape: torch.Size, image_spec: ImageSpec, model: Any) -> tuple[int, int]:
     if len(shape) == 4:
         return int(shape[2]), int(shape[3])
     patch = getattr(model.config, "patch_size", None)
@@ -226,7 +226,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
     return tower
 
 
-def interpolate_positions(model: nn.Module, size: tuple[int, int]) -> None:
+def interpolate_positions(model: Any, size: tuple[int, int]) -> None:
     """Replace the position embeddings by the library's own interpolation to `size`, once and in float32.
 
     transformers would do it in every forward, some of it in the weights' own (half) precision, and by
@@ -234,9 +234,9 @@ def interpolate_positions(model: nn.Module, size: tuple[int, int]) -> None:
     """
     embeddings = model.embeddings
     patch = model.config.patch_size
-    patches = (size[0] // patch) * (size[1] // patch)
+    patches: int = (size[0] // patch) * (size[1] // patch)
     holder = getattr(embeddings, "position_embedding", None)  # CLIP, SigLIP: an nn.Embedding
-    values_PD = getattr(embeddings, "position_embeddings", None)  # ViT, DINOv2: a parameter
+    values_PD: Any = getattr(embeddings, "position_embeddings", None)  # ViT, DINOv2: a parameter
     if not hasattr(embeddings, "interpolate_pos_encoding"):
         return  # rotary (DINOv3), or interpolated from the grid by itself (SigLIP 2)
     held = holder.num_embeddings if isinstance(holder, nn.Embedding) else values_PD.shape[1]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -37,7 +36,7 @@ INTERPOLATIONS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 log = logging.getLogger(__name__)
 
 
-def load_model(name: str, source: Source) -> tuple[nn.Module, list[str]]:
+def load_model(name: str, source: Source) -> tuple[Any, list[str]]:
     """The vision model of a hub name or folder in float32, and notes on weights left out.
 
     Raises:
@@ -50,7 +49,7 @@ def load_model(name: str, source: Source) -> tuple[nn.Module, list[str]]:
     config = getattr(config, "vision_config", config)
     if type(config) not in MODEL_MAPPING:
         raise UserError(f"'{name}' ({config.model_type}) has no vision model in transformers: choose another")
-    model_class = MODEL_MAPPING[type(config)]
+    model_class: Any = MODEL_MAPPING[type(config)]
     model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
     if getattr(model_class, "main_input_name", "") != "pixel_values":
         raise UserError(
@@ -132,6 +131,7 @@ def image_spec_of(name: str, config: PretrainedConfig, offline: bool = False) ->
 
 def _preprocessor(name: str, offline: bool) -> dict[str, Any] | None:
     """The image processor's settings, or None where there are none."""
+    path: str | Path | None
     for filename in ("preprocessor_config.json", "processor_config.json"):
         if Path(name).is_dir():
             path = Path(name) / filename if (Path(name) / filename).is_file() else None

@@ -34,7 +34,7 @@ class OpenClipTower(Tower):
         final_norm: whether the last layer passes `ln_post`; None for what open_clip's own tokens have.
     """
 
-    def __init__(self, visual: VisionTransformer, image_spec: ImageSpec, final_norm: bool | None = None):
+    def __init__(self, visual: Any, image_spec: ImageSpec, final_norm: bool | None = None):
         blocks = visual.transformer.resblocks
         depth, width = len(blocks), visual.conv1.out_channels
         fits = visual.attn_pool is None
@@ -51,7 +51,7 @@ class OpenClipTower(Tower):
         visual.proj, visual.attn_pool = None, None
         if not self.final_norm:
             visual.ln_post = nn.Identity()
-        self.visual = visual
+        self.visual: Any = visual
 
     def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
         output = self.visual.forward_intermediates(
@@ -86,7 +86,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
     # A trunk of timm's is loaded at its own size and resized after; open_clip's ViT the other way round.
     resize_later = image_size is not None and source.kind == "file" and _has_timm_trunk(name)
     try:
-        model = open_clip.create_model(
+        model: Any = open_clip.create_model(
             name,
             pretrained=pretrained,
             load_weights=source.kind == "hub",
@@ -99,7 +99,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
     settings = dict(open_clip.get_model_preprocess_cfg(model))
     if source.kind != "hub" and not local:
         settings.update(_usual_preprocessing(name))
-    visual = model.visual
+    visual: Any = model.visual
     notes: list[str] = []
     if source.kind == "file":
         notes = _load_visual(model, source.path)
@@ -124,7 +124,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
     return tower
 
 
-def _load_visual(model: nn.Module, path: Path) -> list[str]:
+def _load_visual(model: Any, path: Path) -> list[str]:
     """Load the visual side from a file of the whole model, or of the visual side alone."""
     state = read_state(path)
     visual = {name: value for name, value in state.items() if name.startswith("visual.")}

@@ -43,7 +43,7 @@ class TimmTower(Tower):
         final_norm: whether the last layer passes the trunk's final norm, as in `forward_features`.
     """
 
-    def __init__(self, trunk: nn.Module, image_spec: ImageSpec, final_norm: bool = True):
+    def __init__(self, trunk: Any, image_spec: ImageSpec, final_norm: bool = True):
         info = [dict(entry) for entry in getattr(trunk.feature_info, "info", trunk.feature_info)]
         plain = len({entry["reduction"] for entry in info}) == 1
         take_off_head(trunk, len(info), keep_norm=final_norm)
@@ -64,7 +64,8 @@ class TimmTower(Tower):
             [f"trunk.{name}" for name in names],
             layers,
         )
-        self.trunk, self.plain, self.final_norm = trunk, plain, final_norm
+        self.trunk: Any = trunk
+        self.plain, self.final_norm = plain, final_norm
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TimmTower:
@@ -115,7 +116,7 @@ class TimmTower(Tower):
         self.trunk.set_grad_checkpointing(enabled)
 
 
-def take_off_head(trunk: nn.Module, depth: int, keep_norm: bool = True) -> None:
+def take_off_head(trunk: Any, depth: int, keep_norm: bool = True) -> None:
     """Remove classifier and pooling, whose weights would neither be used nor get a gradient."""
     try:
         trunk.prune_intermediate_layers(list(range(depth)), prune_norm=not keep_norm, prune_head=True)
@@ -127,7 +128,7 @@ def take_off_head(trunk: nn.Module, depth: int, keep_norm: bool = True) -> None:
             setattr(trunk, name, nn.Identity())
 
 
-def _find_blocks(trunk: nn.Module, features: list[str]) -> tuple[list[str], list[int]]:
+def _find_blocks(trunk: Any, features: list[str]) -> tuple[list[str], list[int]]:
     """Names of the blocks of a trunk in order, and the layer that each feeds."""
     names: list[str] = []
     layers: list[int] = []
@@ -171,7 +172,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool = 
     if not options["pretrained"] and not folder:
         options["num_classes"] = 0
     try:
-        trunk = timm.create_model(name, **options)
+        trunk: Any = timm.create_model(name, **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise unreachable(f"timm:{name}", error) from error
     if not hasattr(trunk, "forward_intermediates"):
@@ -204,7 +205,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool = 
     return tower
 
 
-def resize_trunk(trunk: nn.Module, spec: ImageSpec, image_size: int | None, name: str) -> ImageSpec:
+def resize_trunk(trunk: Any, spec: ImageSpec, image_size: int | None, name: str) -> ImageSpec:
     """Make `trunk` take images of `image_size` (positions interpolated); return the spec that fits."""
     resized = spec.with_size(image_size)
     if resized.size == spec.size:

@@ -42,7 +42,7 @@ class Tower(nn.Module):
     ):
         super().__init__()
         self.image_spec = image_spec
-        self._widths, self._grids = list(widths), [tuple(grid) for grid in grids]
+        self._widths, self._grids = list(widths), [(int(grid[0]), int(grid[1])) for grid in grids]
         self.depth, self.width, self.grid = len(self._widths), self._widths[-1], self._grids[-1]
         self.block_names, self.block_layers = list(block_names), list(block_layers)
         self.notes: list[str] = []
