@@ -137,7 +137,7 @@ class Language(nn.Module):
             else:
                 losses.append(self._losses(*pieces))
         losses_N = torch.cat(losses)
-        return losses_N.sum(), losses_N.detach()
+        return losses_N.sum(), losses_N.detach()[: len(targets_N)]
 
     def _losses(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         if not len(targets_N):
