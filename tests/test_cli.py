@@ -101,6 +101,7 @@ MISTAKES = [
     (["train", "run.yaml", "model.vision.model=tim:vit"], ["'tim'", "did you mean 'timm'"]),
     (["train", "run.yaml", "model.language.model=package:smollm2"], ["did you mean 'smollm2-135m-instruct'"]),
     (["train", "run.yaml", "evaluate.metrics=[exact]"], ["'exact'", "did you mean 'exact_match'"]),
+    (["train", "run.yaml", "train.objective=languages"], ["did you mean 'language'"]),
     (["train", "run.yaml", "data.train.0.shards=gone.tar"], ["gone.tar does not exist"]),
     (["config", "run.yaml", "seeed=3"], ["'seeed'", "did you mean 'seed'"]),
     (["chat", "nowhere"], ["no checkpoint 'nowhere'"]),

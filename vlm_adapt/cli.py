@@ -121,6 +121,8 @@ def chat(
     from vlm_adapt.language.language import Generation
 
     disable_progress_bar()  # of reading weights from a disk: a second's work, and a reply should stand alone
+    if prompt is None and sys.stdin.isatty():
+        print(f"loading {checkpoint} ...", file=sys.stderr, flush=True)
     session = Session.open(checkpoint, system, Generation(max_new_tokens, temperature, top_p, seed))
     if prompt is not None:
         answer_once(session, prompt, files)

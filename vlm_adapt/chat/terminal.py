@@ -31,6 +31,7 @@ HELP = """\
   /quit             leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C stops a reply
 A question may say <image> where an image stands; otherwise images come before it."""
 HISTORY_LINES = 1000
+CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def dim(text: str) -> str:
@@ -44,6 +45,13 @@ def tell(text: str) -> None:
     print(dim(text), file=sys.stderr, flush=True)
 
 
+def show(piece: str) -> None:
+    """A piece of a reply; on a terminal without the control characters that could drive it."""
+    if sys.stdout.isatty():
+        piece = piece.translate(CONTROLS)
+    print(piece, end="", flush=True)
+
+
 def answer_once(session: Session, prompt: str, images: Sequence[str]) -> None:
     """One question; only its answer goes to standard output.
 
@@ -51,7 +59,7 @@ def answer_once(session: Session, prompt: str, images: Sequence[str]) -> None:
         UserError: an image cannot be used.
     """
     for piece in session.ask(prompt, images):
-        print(piece, end="", flush=True)
+        show(piece)
     print(flush=True)
     for note in session.notes:
         tell(f"({note})")
@@ -96,6 +104,8 @@ class Terminal:
                 return
             except KeyboardInterrupt:
                 print(file=sys.stderr)
+                if _typed():  # it only clears the line
+                    continue
                 if self.interrupted:
                     return
                 self.interrupted = True
@@ -122,7 +132,7 @@ class Terminal:
             if name not in self.commands:
                 near = nearest(f"/{name}", [f"/{known}" for known in self.commands])
                 raise UserError(
-                    f"there is no command '/{name}'{near}: /help "
+                    f"there is no command '/{name}'{near or ':'} /help "
                     "shows all; a question that begins with / needs a space before it"
                 )
             self.commands[name](rest.strip())
@@ -131,7 +141,7 @@ class Terminal:
         self.images = []
         try:
             for piece in reply:
-                print(piece, end="", flush=True)
+                show(piece)
             print(flush=True)
         except KeyboardInterrupt:
             self.interrupted = True
@@ -171,6 +181,7 @@ class Terminal:
             now = self.session.settings.temperature
             raise UserError(f"/temperature needs a number of 0 or more, as in /temperature 0.7 (it is {now})")
         self.session.settings.temperature = value
+        tell(f"temperature {value:g}")
 
     def reset(self, text: str) -> None:
         """`/reset`."""
@@ -200,6 +211,12 @@ class Terminal:
         except OSError as error:
             raise UserError(f"'{path}' cannot be written: {error.strerror}") from error
         tell(f"saved to {path.resolve()}")
+
+
+def _typed() -> bool:
+    """Whether something stands on the line being edited."""
+    readline = sys.modules.get("readline")
+    return bool(readline and readline.get_line_buffer().strip())
 
 
 def _line_editing(commands: Sequence[str] | dict[str, Callable[[str], None]]) -> None:

@@ -20,6 +20,7 @@ from vlm_adapt.connectors import CONNECTORS
 from vlm_adapt.data.shards import expand
 from vlm_adapt.errors import UserError
 from vlm_adapt.metrics import METRICS
+from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.vision import library_of
 
 SUPPLIED = {"self", "widths", "grids", "width_out", "embedding_rms"}  # given by us, not by a configuration
@@ -32,8 +33,8 @@ def check_run(run: Run, shards: bool = True) -> None:
         UserError: an unknown name or setting (the nearest is named), or shards that are not there.
     """
     library_of(run.model.vision.model)
-    for source in (run.model.vision.weights, run.model.language.weights):
-        package = weights.parse(source)
+    for named in (run.model.vision.weights, run.model.language.weights):
+        package = weights.parse(named)
         if package.kind == "package":
             weights.PACKAGES.check(package.value)
     if run.model.language.model.startswith("package:"):
@@ -43,6 +44,7 @@ def check_run(run: Run, shards: bool = True) -> None:
     for _, stage in run.stage_runs():
         for number, line in enumerate(stage.adapt):
             _check_settings(METHODS, line.method, line.options, f"adapt.{number}")
+        OBJECTIVES.check(stage.train.objective)
         for name in stage.evaluate.metrics:
             METRICS.check(name)
         for source in (*stage.data.train, *stage.data.evaluate) if shards else ():
