@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlm_adapt.errors import UserError
@@ -196,8 +197,6 @@ def test_timm_hierarchies(model: str) -> None:
 
 
 def test_loading_a_timm_file_is_strict(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model = noisy(timm.create_model("vit_tiny_patch16_224", num_classes=7))
     path = tmp_path / "model.safetensors"
     save_file(model.state_dict(), path)
@@ -219,3 +218,22 @@ def test_loading_a_timm_file_is_strict(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="no readable weight file"):
         build_tower("timm:vit_tiny_patch16_224", f"file:{path}")
+
+
+def test_hf_weights_that_do_not_fit(tmp_path: Path) -> None:
+    name, model = hf_folder("clip", tmp_path / "model")
+    state = model.state_dict()
+    path = tmp_path / "weights.safetensors"
+    save_file(state, path)
+    pixels_NCHW = torch.randn(1, 3, 32, 32)
+    assert torch.equal(build_tower(name, f"file:{path}")(pixels_NCHW)[0], build_tower(name)(pixels_NCHW)[0])
+    key = next(name for name in state if name.endswith("layers.2.mlp.fc1.bias"))
+    state["surplus.weight"] = state.pop(key)
+    save_file(state, path)
+    with pytest.raises(
+        UserError, match=r"1 missing \(.*layers.2.mlp.fc1.bias\); 1 unexpected \(surplus.weight\)"
+    ):
+        build_tower(name, f"file:{path}")
+    other, _ = hf_folder("siglip", tmp_path / "other")
+    with pytest.raises(UserError, match="do not fit"):
+        build_tower(name, f"file:{other}")
