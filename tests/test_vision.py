@@ -182,6 +182,43 @@ def test_tiny_vit_takes_any_size(size: int) -> None:
         assert torch.equal(tower(pixels_NCHW, [1])[0], features[1])
 
 
+def test_fitted_windows_leave_out_the_padding_and_nothing_else() -> None:
+    weights, size = "random:1", 64
+    tower = build_tower("timm:tiny_vit_5m_224", weights, size, options={"fit_windows": True})
+    padded = build_tower("timm:tiny_vit_5m_224", weights, size)
+    block, old = tower.trunk.stages[2].blocks[0], padded.trunk.stages[2].blocks[0]
+    with torch.no_grad():
+        old.attn.attention_biases.normal_()
+        biases_HLL = old.attn.attention_biases.unflatten(1, (14, 14))
+        block.attn.attention_biases.copy_(biases_HLL[:, :4, :4].flatten(1))
+        x_NTC = torch.randn(2, 16, 160)
+        # The library's biases of 4 x 4 tokens in the corner of its 14 x 14 window.
+        corner = (torch.arange(4)[:, None] * 14 + torch.arange(4)).flatten()
+        idxs = old.attn.attention_bias_idxs[corner][:, corner]
+        old.attn.attention_bias_idxs = idxs
+        # The same operations on the same numbers.
+        assert torch.equal(block.attn(x_NTC), old.attn(x_NTC))
+    assert [tower.trunk.stages[i].blocks[0].window_size for i in (1, 2, 3)] == [4, 4, 2]
+    whole = build_tower("timm:tiny_vit_5m_224", weights, options={"fit_windows": True})
+    pixels_NCHW = torch.randn(1, 3, 224, 224)
+    # At its own size nothing is padded, so nothing changes.
+    assert torch.equal(whole(pixels_NCHW)[0], build_tower("timm:tiny_vit_5m_224", weights)(pixels_NCHW)[0])
+    with pytest.raises(UserError, match="for TinyViT only"):
+        build_tower("timm:vit_tiny_patch16_224", weights, options={"fit_windows": True})
+
+
+def test_fitted_windows_keep_the_biases_of_a_file(tmp_path: Path) -> None:
+    model = noisy(timm.create_model("tiny_vit_5m_224", num_classes=0))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    tower = build_tower(
+        "timm:tiny_vit_5m_224", f"file:{tmp_path / 'model.safetensors'}", 64, options={"fit_windows": True}
+    )
+    ours, theirs = (m.stages[2].blocks[1].attn for m in (tower.trunk, model))
+    full_HSS = theirs.attention_biases[:, theirs.attention_bias_idxs]
+    corner = (torch.arange(4)[:, None] * 14 + torch.arange(4)).flatten()
+    assert torch.equal(ours.attention_biases[:, ours.attention_bias_idxs], full_HSS[:, corner][:, :, corner])
+
+
 @pytest.mark.parametrize("model", ["swin_tiny_patch4_window7_224", "convnext_atto", "tf_efficientnet_lite0"])
 def test_timm_hierarchies(model: str) -> None:
     tower = build_tower(f"timm:{model}", "random:1", image_size=96)

@@ -25,8 +25,8 @@ class Connector(nn.Module):
         width_out: D.
         embedding_rms: root mean square of the entries of the language model's embeddings.
         grid, normalise: see GatherLayers.
-        output_scale: end with a LayerNorm whose weight starts at `embedding_rms`, so that image tokens
-            come in at the scale of text tokens.
+        output_scale: end with a LayerNorm whose weight starts at this many times `embedding_rms`, so that
+            image tokens come in at the scale of text tokens (True or 1).
     Attributes:
         tokens_per_image: K.
     Names in the state dict: `output_norm.*` if scaled; the rest is the subclass's.
@@ -42,8 +42,8 @@ class Connector(nn.Module):
         *,
         embedding_rms: float | None = None,
         grid: int | Sequence[int] | None = None,
-        normalise: bool | None = None,
-        output_scale: bool = False,
+        normalise: bool | str | None = None,
+        output_scale: bool | float = False,
     ):
         super().__init__()
         self.gather = GatherLayers(widths, grids, grid, normalise)
@@ -57,7 +57,7 @@ class Connector(nn.Module):
                 )
             # Outputs of a fresh projection may vary by 0.01 only; the default 1e-5 would be felt.
             self.output_norm = nn.LayerNorm(width_out, eps=1e-8)
-            nn.init.constant_(self.output_norm.weight, embedding_rms)
+            nn.init.constant_(self.output_norm.weight, embedding_rms * float(output_scale))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """features_NPV, one for each layer, to tokens_NKD.

@@ -21,17 +21,24 @@ from torch import Tensor, nn
 from vlm_adapt.errors import UserError
 
 
+NORMALISATIONS = ("layer", "data", "none")
+
+
 class GatherLayers(nn.Module):
     """list of features_NPV, one for each layer, to one features_NPV on a common grid.
 
-    With one layer and neither option it is the identity. It has no parameters.
+    With one layer and neither option it is the identity. It has no parameters, and with `normalise:
+    data` it has statistics, which `calibrate` fills and checkpoints keep.
 
     Args:
         widths, grids: channels and (rows, columns) of each layer.
         grid: the common (rows, columns), or one number for both; default that of the last layer. Finer
             features are averaged (adaptive average pooling), coarser ones interpolated bilinearly.
-        normalise: give each layer's tokens zero mean and unit deviation over channels (layer norm
-            without parameters), so that no layer drowns another; default: if there are several.
+        normalise: `layer` gives each token zero mean and unit deviation over channels (layer norm without
+            parameters), so that no layer drowns another; `data` gives each channel zero mean and unit
+            deviation over the first training images, which also takes away the large constant that
+            early layers carry in every channel and that hides what differs between images; `none`.
+            True and False are `layer` and `none`. Default: `layer` if there are several layers.
     Attributes:
         width, grid: channels and (rows, columns) that come out.
     Raises:
@@ -43,7 +50,7 @@ class GatherLayers(nn.Module):
         widths: Sequence[int],
         grids: Sequence[tuple[int, int]],
         grid: int | Sequence[int] | None = None,
-        normalise: bool | None = None,
+        normalise: bool | str | None = None,
     ):
         super().__init__()
         if not widths or len(widths) != len(grids):
@@ -52,7 +59,18 @@ class GatherLayers(nn.Module):
             )
         self.widths, self.grids = list(widths), [(int(rows), int(columns)) for rows, columns in grids]
         self.grid = self.grids[-1] if grid is None else _as_grid(grid)
-        self.normalise = len(widths) > 1 if normalise is None else normalise
+        if normalise is None or isinstance(normalise, bool):
+            normalise = "layer" if (len(widths) > 1 if normalise is None else normalise) else "none"
+        if normalise not in NORMALISATIONS:
+            raise UserError(
+                f"unknown normalise '{normalise}' of a connector: choose {', '.join(NORMALISATIONS)}"
+            )
+        self.normalise = normalise
+        if normalise == "data":
+            self.register_buffer("calibrated", torch.zeros(1))
+            for index, width in enumerate(self.widths):
+                self.register_buffer(f"mean_{index}", torch.zeros(width))
+                self.register_buffer(f"deviation_{index}", torch.ones(width))
         self.width = sum(widths)
         for index, own in enumerate(self.grids):
             for axis in range(2):
@@ -72,10 +90,28 @@ class GatherLayers(nn.Module):
                     f"the connector was built for features of {grid[0] * grid[1]} x {width} "
                     f"and got {features_NPV.shape[1]} x {features_NPV.shape[2]}"
                 )
-            if self.normalise:
+            if self.normalise == "layer":
                 features_NPV = F.layer_norm(features_NPV, (width,))
+            elif self.normalise == "data":
+                mean_V, deviation_V = getattr(self, f"mean_{index}"), getattr(self, f"deviation_{index}")
+                features_NPV = ((features_NPV - mean_V) / deviation_V).to(features_NPV.dtype)
             gathered.append(self._resize(features_NPV, index))
         return gathered[0] if len(gathered) == 1 else torch.cat(gathered, dim=-1)
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether `calibrate` is still to come."""
+        return self.normalise == "data" and not bool(self.calibrated.item())
+
+    @torch.no_grad()
+    def calibrate(self, features: Sequence[Tensor]) -> None:
+        """Take each channel's mean and deviation from features_NPV of the first images, a layer each."""
+        for index, features_NPV in enumerate(features):
+            deviation_V, mean_V = torch.std_mean(features_NPV.float(), dim=(0, 1))
+            # Assigned, not copied: a model held in bf16 still keeps its statistics in float32.
+            setattr(self, f"mean_{index}", mean_V)
+            setattr(self, f"deviation_{index}", deviation_V.clamp_min(1e-4))
+        self.calibrated = torch.ones(1, device=self.calibrated.device)
 
     def _resize(self, features_NPV: Tensor, index: int) -> Tensor:
         if self.grids[index] == self.grid:

@@ -6,12 +6,13 @@ no torch.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlm_adapt.choices import Choices
+from vlm_adapt.choices import Choices, nearest
 from vlm_adapt.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def build_tower(
         dtype: of all weights; default float32.
         local_weights: a file that stands for whatever `weights` names (a package already fetched).
         options: `final_norm` (bool): whether the last layer's features pass the encoder's final norm;
-            default as in the library's own output.
+            default as in the library's own output. `fit_windows` (bool, TinyViT only): no padding in the
+            attention windows of small images.
     Raises:
         UserError: unknown names, weights that cannot be had or do not fit, a size of no whole patches.
     """
@@ -91,9 +93,13 @@ def build_tower(
     from vlm_adapt.vision.tower import silence
 
     source = parse_source(weights)
-    unknown = sorted(set(options or {}) - {"final_norm"})
-    if unknown:
-        raise UserError(f"unknown option '{unknown[0]}' of a vision tower: there is only final_norm")
+    known = list(inspect.signature(build).parameters)[3:]
+    for option in options or {}:
+        if option not in known:
+            raise UserError(
+                f"unknown option '{option}' of '{model}'{nearest(option, known) or ':'} "
+                f"known are {', '.join(known)}"
+            )
     with seeded(source):
         tower = build(name, source, image_size, **dict(options or {}))
     silence(tower)

@@ -19,6 +19,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
 from vlm_adapt.vision.tower import Tower, check_image_size
+from vlm_adapt.vision.windows import fit_windows as fit_windows_of
 
 # Modules that no intermediate feature passes through.
 HEADS = (
@@ -159,8 +160,13 @@ def _find_blocks(trunk: Any, features: list[str]) -> tuple[list[str], list[int]]
     return names, layers
 
 
-def build(name: str, source: Source, image_size: int | None, final_norm: bool = True) -> TimmTower:
-    """A timm tower by model name (`vit_base_patch16_224.augreg_in1k`) or `local-dir:FOLDER`."""
+def build(
+    name: str, source: Source, image_size: int | None, final_norm: bool = True, fit_windows: bool = False
+) -> TimmTower:
+    """A timm tower by model name (`vit_base_patch16_224.augreg_in1k`) or `local-dir:FOLDER`.
+
+    `fit_windows`: shrink TinyViT's attention windows to small images (see vision/windows.py).
+    """
     folder = name.startswith("local-dir:")
     if not folder and "/" not in name and not timm.is_model(name):
         raise UserError(f"timm has no model '{name}'{nearest(name.split('.')[0], timm.list_models()) or '.'}")
@@ -202,6 +208,9 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool = 
             f"timm's '{name}' takes images of {spec.size[0]} pixels only: leave image_size out"
         ) from error
     tower.notes += notes
+    if fit_windows:
+        changed = fit_windows_of(trunk, tower.grids(range(tower.depth)))
+        tower.notes.append(f"attention windows were fitted to the image in {changed} blocks")
     return tower
 
 
