@@ -8,11 +8,14 @@ carries the cursor to go on after it: what was prefetched and not trained on is 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm_adapt.data.collate import Batch, collate
@@ -111,6 +114,8 @@ class Stream:
                 sampler=_Once(jobs()),
                 num_workers=self.workers,
                 prefetch_factor=4 if self.workers else None,
+                generator=torch.Generator(),  # else it draws from the state that dropout goes on from
+                worker_init_fn=_outlive_a_signal,
             )
         )
         for _ in range(count):
@@ -121,6 +126,16 @@ class Stream:
                 batches.append(batch)
                 account.merge(part)
             yield Step(batches, after, account, time.perf_counter() - started)
+
+
+def _outlive_a_signal(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach workers too; the run still needs them for its last step."""
+
+    def once(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, once)
 
 
 class _Once:
