@@ -92,7 +92,7 @@ def evaluate(
     changes += ["evaluate.blind=true"] if blind else []
     changes += [f"evaluate.batch_size={batch_size}"] if batch_size else []
     _run(_checkpoint(checkpoint) / "run.yaml", changes)
-    from vlm_adapt.evaluate.run import evaluate_checkpoint
+    from vlm_adapt.evaluate.checkpoint import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, changes, limit=limit, output=output)
 

@@ -104,7 +104,8 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         known = _fields(model, keys[:-1])
-        return f"unknown key '{dotted}'{nearest(str(keys[-1]), known) or ': known are ' + ', '.join(known)}{more}"
+        hint = nearest(str(keys[-1]), known) or ": known are " + ", ".join(known)
+        return f"unknown key '{dotted}'{hint}{more}"
     if first["type"] == "missing":
         return f"'{dotted}' is missing{more}"
     given = "" if isinstance(first["input"], dict | list | tuple) else f" (it is {first['input']!r})"

@@ -111,6 +111,7 @@ class Train(Section):
     """One stage's optimisation. Rates are per step of the optimizer."""
 
     objective: str = Field("language", description="what is minimised: language, or embedding to warm up")
+    cache_features: int = Field(0, ge=0, description="images whose features a frozen tower keeps in memory")
     per_device_train_batch_size: int = Field(8, gt=0, description="samples a process and microbatch")
     gradient_accumulation_steps: int = Field(1, gt=0)
     max_steps: int = Field(0, ge=0, description="0 leaves it to num_train_epochs")
@@ -140,6 +141,7 @@ class Evaluate(Section):
     batch_size: int = Field(32, gt=0)
     max_new_tokens: int = Field(32, gt=0)
     metrics: tuple[str, ...] = ("exact_match",)
+    loss: bool = Field(True, description="also the held-out loss of the references")
     blind: bool = Field(False, description="also score each sample with another sample's image")
     best_metric: str = Field("loss", description="the best checkpoint is kept by this; dots reach inside")
     greater_is_better: bool = False

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from vlm_adapt.errors import UserError
 
-
 NORMALISATIONS = ("layer", "data", "none")
 
 

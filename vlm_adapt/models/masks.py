@@ -35,6 +35,6 @@ def attention_mask(documents_BT: Tensor, blocks_BT: Tensor, branches_BT: Tensor)
     key_branch = branches_BT[:, None, :]
     on_my_branch = (key_branch == 0) | (key_branch == branches_BT[:, :, None])
     real = documents_BT > 0
-    allow = same_document & not_later & on_my_branch & real[:, None, :] & real[:, :, None]
+    allow = same_document & not_later & on_my_branch & real[:, None, :]
     length = documents_BT.shape[1]
     return allow | torch.eye(length, dtype=torch.bool, device=allow.device)

@@ -8,6 +8,7 @@ pickle: a checkpoint may have been sent by anyone.
         state.json          step, stage, stream cursor, totals
         <part>-<method>/    what was trained: peft's own format for LoRA, else model.safetensors
         tokenizer/
+        connector-statistics.safetensors    of a connector with `normalise: data`
         optimizer.safetensors, random-<rank>.safetensors     to go on training
 """
 
@@ -19,32 +20,14 @@ from typing import Any
 
 import torch
 
+from vlm_adapt.adapt.method import read_tensors
 from vlm_adapt.config.load import read_yaml, validate
 from vlm_adapt.config.schema import Run
 from vlm_adapt.errors import UserError
 from vlm_adapt.models.build import Assembled, build, compute_dtype
+from vlm_adapt.models.locate import LATEST, find_checkpoint
 
-LATEST = "latest"
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the `best`, else `latest`, of a run's folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    if (path / "state.json").is_file():
-        return path
-    for pointer in ("best", LATEST):
-        if (path / pointer).is_file():
-            target = path / (path / pointer).read_text(encoding="utf-8").strip()
-            if (target / "state.json").is_file():
-                return target
-            raise UserError(f"'{path / pointer}' names '{target.name}', which is not there or not complete")
-    if not path.exists():
-        raise UserError(f"there is no checkpoint '{path}'")
-    raise UserError(f"'{path}' holds no checkpoint: give a run's output_dir or one of its checkpoint folders")
+STATISTICS = "connector-statistics.safetensors"
 
 
 def read_checkpoint(folder: Path) -> tuple[Run, dict[str, Any]]:
@@ -100,3 +83,27 @@ def load_trained(assembled: Assembled, folder: Path) -> None:
                 )
             with torch.no_grad():
                 parameter.copy_(tensors[key])
+    statistics = connector_statistics(assembled)
+    if statistics:
+        connector = assembled.model.connector
+        for name, tensor in read_tensors(folder / STATISTICS, statistics).items():
+            owner, _, leaf = name.rpartition(".")
+            setattr(connector.get_submodule(owner), leaf, tensor.to(statistics[name].device))
+
+
+def connector_statistics(assembled: Assembled) -> dict[str, torch.Tensor]:
+    """What a connector has measured and not trained, by name."""
+    connector = assembled.model.connector
+    trained = dict(connector.named_parameters())
+    return {name: value for name, value in connector.state_dict().items() if name not in trained}
+
+
+__all__ = [
+    "LATEST",
+    "STATISTICS",
+    "connector_statistics",
+    "find_checkpoint",
+    "load_trained",
+    "read_checkpoint",
+    "restore",
+]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlm_adapt.connectors.connector import Connector
 from vlm_adapt.data.collate import Batch
 from vlm_adapt.language.language import Generation, Language, LanguageInput
+from vlm_adapt.models.feature_cache import FeatureCache
 from vlm_adapt.models.masks import attention_mask
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.splice import splice
@@ -40,6 +41,7 @@ class VisionLanguageModel(nn.Module):
         self.vision, self.connector, self.language = tower, connector, language
         self.layers, self.state_size = tuple(layers), state_size
         self.objective = "language"
+        self.feature_cache: FeatureCache | None = None  # for stages in which the tower is frozen
         self.stop_ids: set[int] = set()  # tokens at which an answer ends
         self.compute_dtype = next(language.parameters()).dtype
         self.state_projector = (
@@ -61,8 +63,13 @@ class VisionLanguageModel(nn.Module):
 
     def image_tokens(self, pixels_NCHW: Tensor) -> Tensor:
         """uint8 images [N, C, H, W] -> tokens [N, K, D]."""
-        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers)
-        return self.connector(features)
+        if self.feature_cache is not None:
+            return self.connector(self.feature_cache(self.features, pixels_NCHW))
+        return self.connector(self.features(pixels_NCHW))
+
+    def features(self, pixels_NCHW: Tensor) -> list[Tensor]:
+        """uint8 images [N, C, H, W] -> features_NPD of each layer that the connector reads."""
+        return self.vision(self.vision.normalise(pixels_NCHW), self.layers)
 
     def inputs(self, batch: Batch) -> LanguageInput:
         """Steps 1 to 4: everything before the language."""

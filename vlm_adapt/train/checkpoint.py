@@ -20,7 +20,7 @@ from vlm_adapt.config.load import dump
 from vlm_adapt.config.schema import Run
 from vlm_adapt.errors import UserError
 from vlm_adapt.models.build import Assembled
-from vlm_adapt.models.restore import LATEST
+from vlm_adapt.models.restore import LATEST, STATISTICS, connector_statistics
 from vlm_adapt.train.engine import Engine
 
 FORMAT = 1
@@ -78,6 +78,8 @@ def save(
                 item.method.save(temporary / item.label, trained[item.label])
             assembled.tokenizer.save_pretrained(temporary / "tokenizer")
             save_file(moments, temporary / "optimizer.safetensors")
+            if statistics := connector_statistics(assembled):
+                save_file({k: v.cpu().contiguous() for k, v in statistics.items()}, temporary / STATISTICS)
             for number, tensors in enumerate(random):
                 save_file(tensors, temporary / f"random-{number}.safetensors")
             (temporary / "run.yaml").write_text(dump(run), encoding="utf-8")

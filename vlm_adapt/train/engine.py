@@ -52,7 +52,9 @@ def zero_settings(name: str) -> dict[str, Any]:
         raise UserError(f"'{path}' is not valid JSON: {error}") from error
     # The run's own configuration decides these: a second opinion in the JSON could only disagree.
     if not isinstance(settings, dict):
-        raise UserError(f"'{path}' holds {type(settings).__name__}, and must hold DeepSpeed's settings by name")
+        raise UserError(
+            f"'{path}' holds {type(settings).__name__}, and must hold DeepSpeed's settings by name"
+        )
     for ours in ("bf16", "fp16", "optimizer", "scheduler", "train_batch_size", "gradient_clipping"):
         settings.pop(ours, None)
     return {"zero_force_ds_cpu_optimizer": False} | settings

@@ -30,6 +30,7 @@ from vlm_adapt.train.contract import Contract
 from vlm_adapt.train.engine import Engine
 from vlm_adapt.train.journal import Journal
 from vlm_adapt.train.optim import rate_factor
+from vlm_adapt.train.prepare import cache_features, calibrate
 from vlm_adapt.train.progress import Progress
 from vlm_adapt.train.signals import Signals
 
@@ -76,8 +77,7 @@ class StageLoop:
             raise UserError(f"stage '{stage_name}' has nothing to train on: give data.train shards")
         reader = assembled.reader(stage_run.data.train, run.seed, stage_run.data.max_pixels)
         sources = [
-            Source(reader.counts(number), source.weight)
-            for number, source in enumerate(stage_run.data.train)
+            Source(reader.counts(number), source.weight) for number, source in enumerate(stage_run.data.train)
         ]
         plan = Plan(sources, run.seed + totals.stage, stage_run.data.lanes, stage_run.data.shuffle)
         shape = Shape(
@@ -92,12 +92,14 @@ class StageLoop:
         assembled.model.objective = OBJECTIVES.check(train.objective)
         if train.gradient_checkpointing:
             assembled.model.set_activation_checkpointing(True)
+        calibrate(assembled, reader, plan)
         assert assembled.plan is not None
         groups = assembled.plan.groups(train.learning_rate)
         declared = [pair for _, _, pairs in groups for pair in pairs]
         self.contract = Contract(assembled.model, declared)
         self.engine = Engine(assembled.model, groups, train, assembled.dtype)
         self.contract.start()
+        cache_features(assembled, train.cache_features, self.engine.stage)
         self.cursor = LaneCursor()
         # The main rank carries the account of the steps before; the others' is added at every save.
         before = Account.from_dict(totals.account)

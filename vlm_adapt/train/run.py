@@ -149,7 +149,8 @@ def find_state(run: Run, output: Path) -> tuple[dict[str, Any], Path] | None:
             )
     if before.data.train != run.data.train:
         raise UserError(
-            f"'{output}' holds a run on other data.train: choose another output_dir, or start over with --fresh"
+            f"'{output}' holds a run on other data.train: choose another output_dir, or start over "
+            "with --fresh"
         )
     if state.get(DONE) and before.train.max_steps != run.train.max_steps:
         raise UserError(
@@ -185,7 +186,8 @@ def _announce(
     )
     for row in rows:
         say(
-            f"  {row['part']:<10} {row['method']:<14} trainable {row['trainable']:>13,}  frozen {row['frozen']:>15,}"
+            f"  {row['part']:<10} {row['method']:<14} "
+            f"trainable {row['trainable']:>13,}  frozen {row['frozen']:>15,}"
         )
     write = partial(checkpoint.write_atomically, output / "parts.json", json.dumps(rows, indent=1))
     checkpoint.on_main(write, f"'{output / 'parts.json'}'")

@@ -1,0 +1,75 @@
+"""The verb `evaluate`: a checkpoint alone, scored on held-out samples.
+
+Knows checkpoints, overrides and where results go; the scoring is in run.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from vlm_adapt import dist
+from vlm_adapt.config.load import load_run
+from vlm_adapt.evaluate.files import write_scores
+from vlm_adapt.evaluate.run import Scores, evaluate
+from vlm_adapt.models.restore import restore
+
+
+def evaluate_checkpoint(
+    path: str | Path, overrides: Sequence[str] = (), limit: int | None = None, output: Path | None = None
+) -> Scores:
+    """Score a checkpoint.
+
+    Args:
+        path: a checkpoint folder or a run's output folder.
+        overrides: `key=value` changes of the saved run (its data.evaluate, evaluate.blind, …).
+        limit: only so many samples.
+        output: folder for `metrics.json` and `predictions.jsonl`; by default `evaluation` in the
+            checkpoint's folder.
+
+    Raises:
+        UserError: no checkpoint, or nothing to score on.
+    """
+    dist.start()
+    assembled, _, folder = restore(path)
+    run = load_run(folder / "run.yaml", overrides)
+    stage_run = run.stage_runs()[-1][1]
+    device = dist.device()
+    assembled.model.to(device)
+
+    @contextmanager
+    def autocast() -> Iterator[None]:
+        with torch.autocast(device.type, assembled.dtype, enabled=assembled.dtype != torch.float32):
+            yield
+
+    started, printed = time.monotonic(), 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if dist.is_main() and (now - printed > 5 or done == total):
+            printed = now
+            left = (now - started) / done * (total - done)
+            print(f"scored {done}/{total} batches, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    scores = evaluate(
+        assembled,
+        stage_run.data,
+        stage_run.evaluate,
+        limit=limit,
+        autocast=autocast,
+        device=device,
+        seed=run.seed,
+        tell=tell,
+    )
+    if dist.is_main():
+        target = output or folder / "evaluation"
+        write_scores(target, scores, assembled, stage_run)
+        print(scores.line())
+        print(f"written to {target}", file=sys.stderr)
+    return scores
