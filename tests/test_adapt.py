@@ -237,3 +237,18 @@ def test_full_trains_a_head_of_its_own() -> None:
     assert choose_layers(language, language.model, "o_proj", set()) == [
         f"model.layers.{block}.self_attn.o_proj" for block in range(2)
     ]
+
+
+@pytest.mark.parametrize(("settings", "scale"), [({}, 2.0), ({"lora_alpha": 6}, 1.5)])
+def test_the_update_is_alpha_over_r_times_ba(settings: dict[str, float], scale: float) -> None:
+    """W x + (lora_alpha / r) B A x, with lora_alpha twice r by default."""
+    language = CausalLanguage(tiny_languages.model("llama"))
+    layer = language.model.model.layers[0].self_attn.q_proj
+    x_D = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    before = layer(x_D)
+    method = Lora(r=4, target_modules="layers.0.self_attn.q_proj", **settings)
+    method.attach(language, set())
+    a_RD, b_DR = (parameter.data.normal_() for parameter in method.parameters.values())
+    assert a_RD.shape == (4, 32) and b_DR.shape == (32, 4)
+    after = language.model.model.layers[0].self_attn.q_proj(x_D)
+    torch.testing.assert_close(after, before + scale * b_DR @ (a_RD @ x_D), atol=1e-4, rtol=1e-5)
