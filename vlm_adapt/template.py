@@ -151,7 +151,8 @@ class _Writer:
 
     def __init__(self, prompt_is_causal: bool, first_image: int):
         self.causal, self.turn, self.branch = prompt_is_causal, 0, 0
-        self.pending, self.segments, self.next_image = "", [], first_image
+        self.pending, self.next_image = "", first_image
+        self.segments: list[Segment] = []
 
     def text(self, text: str) -> None:
         self.pending += text

@@ -79,6 +79,7 @@ class Lora(Method):
             inject_adapter_in_model(self.config, inner, adapter_name=self.adapter)
         except ValueError as error:
             raise UserError(f"adapt: peft cannot attach LoRA here: {error}") from error
+        module: Any
         for module in inner.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 # Autocast brings input and adapter to one dtype; peft's own cast would copy twice more.
@@ -143,6 +144,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def _activate_all(inner: nn.Module) -> None:
     """Let every adapter of a layer add its update, not the newest alone."""
+    module: Any
     for module in inner.modules():
         if hasattr(module, "lora_A") and hasattr(module, "set_adapter"):
             module.set_adapter(list(module.lora_A))

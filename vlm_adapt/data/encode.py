@@ -201,7 +201,7 @@ class _Row:
         self.states: list[Sequence[float]] = []
         self.decoder_ids: list[int] | None = None
         self.block = 0
-        self.prefix_length, self.last_of = 0, {}  # last token of every branch, which predicts the next
+        self.last_of: dict[int, int] = {}  # last token of every branch, which predicts the next
 
     def add(self, tokens: Sequence[int], branch: int, causal: bool, learned: bool) -> None:
         for token in tokens:

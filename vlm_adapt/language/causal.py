@@ -60,8 +60,8 @@ class CausalLanguage(Language):
                 "prompt and padded prompts need: set model.language.attention to 'sdpa'"
             )
         kinds = set(getattr(self.config, "layer_types", None) or ())
-        window = getattr(self.config, "sliding_window", None)
-        windowed = bool(window) and allow_BQK.shape[-1] > window and kinds != {"full_attention"}
+        window = int(getattr(self.config, "sliding_window", None) or 0)
+        windowed = 0 < window < allow_BQK.shape[-1] and kinds != {"full_attention"}
         mask = additive_mask(allow_BQK, dtype)
         if not windowed:
             return mask
@@ -107,6 +107,7 @@ class CausalLanguage(Language):
 
         def step(ids_N: Tensor) -> Tensor:
             nonlocal valid_BK, keys_BK, branches_BK, next_BW
+            assert keys_BK is not None and branches_BK is not None
             ids_BW = torch.zeros_like(at_BW)
             ids_BW[there_BW] = ids_N
             valid_BK = torch.cat([valid_BK, there_BW], 1)

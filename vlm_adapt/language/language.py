@@ -62,6 +62,7 @@ class Language(nn.Module):
     """
 
     seq2seq: bool
+    model: Any  # transformers' classes share no useful type
 
     def __init__(self, model: nn.Module):
         super().__init__()
