@@ -65,6 +65,7 @@ class GatherLayers(nn.Module):
                 f"unknown normalise '{normalise}' of a connector: choose {', '.join(NORMALISATIONS)}"
             )
         self.normalise = normalise
+        self.calibrated: Tensor
         if normalise == "data":
             self.register_buffer("calibrated", torch.zeros(1))
             for index, width in enumerate(self.widths):

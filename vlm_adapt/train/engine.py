@@ -202,7 +202,7 @@ class Engine:
             self.base_optimizer.state[parameter][key].copy_(value)
         elif self.stage == 3:
             # DeepSpeed's own setter does not pad the last rank's share; so hand each rank its share.
-            share = parameter.ds_tensor.numel()
+            share = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             padded = torch.zeros(share * dist.world_size(), device=self.device)
             padded[: value.numel()] = value.flatten()
             mine = padded[dist.rank() * share : (dist.rank() + 1) * share]
