@@ -6,7 +6,6 @@ Knows checkpoints, overrides and where results go; the scoring is in run.py.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from vlm_adapt import dist
 from vlm_adapt.config.load import load_run
 from vlm_adapt.evaluate.files import write_scores
+from vlm_adapt.evaluate.progress import Told
 from vlm_adapt.evaluate.run import Scores, evaluate
 from vlm_adapt.models.restore import restore
 
@@ -47,16 +47,6 @@ def evaluate_checkpoint(
         with torch.autocast(device.type, assembled.dtype, enabled=assembled.dtype != torch.float32):
             yield
 
-    started, printed = time.monotonic(), 0.0
-
-    def tell(done: int, total: int) -> None:
-        nonlocal printed
-        now = time.monotonic()
-        if dist.is_main() and (now - printed > 5 or done == total):
-            printed = now
-            left = (now - started) / done * (total - done)
-            print(f"scored {done}/{total} batches, {left:.0f} s left", file=sys.stderr, flush=True)
-
     scores = evaluate(
         assembled,
         stage_run.data,
@@ -65,7 +55,7 @@ def evaluate_checkpoint(
         autocast=autocast,
         device=device,
         seed=run.seed,
-        tell=tell,
+        tell=Told(),
     )
     if dist.is_main():
         target = output or folder / "evaluation"

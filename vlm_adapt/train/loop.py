@@ -22,6 +22,7 @@ from vlm_adapt.data.lanes import LaneCursor, Plan, Source
 from vlm_adapt.data.problems import Account
 from vlm_adapt.data.stream import Shape, Step, Stream
 from vlm_adapt.errors import UserError
+from vlm_adapt.evaluate.progress import Told
 from vlm_adapt.evaluate.run import Scores, evaluate
 from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.objectives import OBJECTIVES
@@ -271,6 +272,7 @@ class StageLoop:
             device=self.engine.device,
             synced=dist.world_size() > 1,
             seed=self.run.seed,
+            tell=Told(),
         )
         self.scored = (self.totals.step, scores)
         self.journal.event("evaluate", step=self.totals.step, metrics=scores.metrics)
