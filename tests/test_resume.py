@@ -56,13 +56,14 @@ def cases(parts: Path, folder: Path, end: str) -> dict[str, dict[str, Any]]:
             parts, folder / f"workers-{end}", data__workers=2, train__gradient_accumulation_steps=2
         ),
         "stages": tree_of(parts, folder / f"stages-{end}", stages=STAGES, train__deepspeed="zero2"),
+        "cached": tree_of(parts, folder / f"cached-{end}", train__cache_features=20),
         "scored": tree_of(parts, folder / f"scored-{end}", **held_out),
         "zero2": tree_of(parts, folder / f"zero2-{end}", train__deepspeed="zero2"),
         "zero3": tree_of(parts, folder / f"zero3-{end}", train__deepspeed="zero3"),
     }
 
 
-RANKS = {"workers": 1, "stages": 1, "scored": 1, "zero2": 2, "zero3": 2}
+RANKS = {"workers": 1, "stages": 1, "cached": 1, "scored": 1, "zero2": 2, "zero3": 2}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_kill_and_go_on(parts, server, folder, unbroken, name):
         started.kill(signal.SIGKILL)
         assert set(started.wait()) == {-signal.SIGKILL}
     last = server.run(["train", write(tree)], ranks=RANKS[name])
-    assert "going on from" in last.text()
+    assert step < 4 or "going on from" in last.text()
     assert lines(tree) == lines(unbroken[name]), f"killed at {first} and {second}"
     assert len(lines(tree)) == 12
     # No sample lost or repeated: 24 an epoch, and the accounts agree.

@@ -82,6 +82,7 @@ def t5(folder: Path) -> Path:
         pad_token_id=0,
         decoder_start_token_id=0,
         initializer_factor=1.0,
+        dropout_rate=0.0,  # T5's own is 0.1, and would hide whether two runs are the same
     )
     seeded(T5ForConditionalGeneration, config).save_pretrained(folder)
     return folder
