@@ -28,6 +28,8 @@ from vlm_adapt.metrics import METRICS, SAMPLE_SCORES
 from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.objectives.language import language
 
+SORTED_BATCHES = 4
+
 
 @dataclass
 class Scores:
@@ -131,16 +133,24 @@ class _Runner:
     def run(self, mine: Sequence[int], everyone: Sequence[int]) -> list[dict[str, Any]]:
         """Score this rank's samples; a row a question."""
         size = self.settings.batch_size
-        batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-        total = int(max(dist.gather(len(batches))))
+        total = int(max(dist.gather(-(-len(mine) // size))))
+        batches = self._batches(mine, everyone, size)
         rows: list[dict[str, Any]] = []
         for number in range(total):
-            items = list(self._items(batches[number] if number < len(batches) else [], everyone))
+            items = next(batches, [])  # a rank that is done still runs along, for ZeRO's collectives
             rows += self._answers(items)
             if self.settings.loss:
                 self._losses(items)
             self.tell(number + 1, total)
         return rows
+
+    def _batches(self, mine: Sequence[int], everyone: Sequence[int], size: int) -> Iterator[list[_Item]]:
+        """Batches of samples of like length, sorted within a few batches: less padding, little memory."""
+        for start in range(0, len(mine), SORTED_BATCHES * size):
+            items = list(self._items(mine[start : start + SORTED_BATCHES * size], everyone))
+            items.sort(key=lambda item: max((len(prompt.row) for prompt in item.prompts), default=0))
+            for first in range(0, len(items), size):
+                yield items[first : first + size]
 
     def _items(self, numbers: Sequence[int], everyone: Sequence[int]) -> Iterator[_Item]:
         for number in numbers:
