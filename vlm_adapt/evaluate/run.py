@@ -106,7 +106,8 @@ def evaluate(
     metrics = _metrics(rows, settings)
     losses = [part for parts in dist.gather(runner.losses) for part in parts]
     metrics |= _loss_metrics(losses)
-    metrics |= {"samples": len(chosen), "samples_available": len(numbers), "account": account.to_dict()}
+    metrics |= {"samples": len(chosen), "samples_available": len(numbers), "samples_in_shards": len(reader)}
+    metrics |= {"account": account.to_dict()}
     for row in rows:
         del row["question_number"]
     return Scores(metrics, rows)
