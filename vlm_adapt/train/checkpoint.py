@@ -141,24 +141,25 @@ def read_moments(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         UserError: the file is missing or damaged.
     """
+    return _read(folder / "optimizer.safetensors")
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / "optimizer.safetensors")
+        return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"'{folder / 'optimizer.safetensors'}' cannot be read ({error})") from error
+        raise UserError(f"'{path}' cannot be read ({error}): go on from another checkpoint") from error
 
 
 def restore_random(folder: Path, state: dict[str, Any], seed: int) -> None:
     """This rank's random state; with another world size than saved, a fresh one by seed, step and rank."""
-    from safetensors.torch import load_file
-
-    path = folder / f"random-{dist.rank()}.safetensors"
-    if state["world_size"] != dist.world_size() or not path.is_file():
+    if state["world_size"] != dist.world_size():
         torch.manual_seed(hash((seed, state["step"], dist.rank())) % 2**63)
         return
-    tensors = load_file(path)
+    tensors = _read(folder / f"random-{dist.rank()}.safetensors")
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])

@@ -210,9 +210,10 @@ class StageLoop:
         nothing = used == 0 and self.totals.stage_step == self.total
         if nothing or (read >= ENOUGH_TO_JUDGE and refused > share * read):
             reasons = ", ".join(f"{n} x {why}" for why, n in self._whole_account().refused.items())
+            limit = "so nothing was learned" if nothing else f"over data.max_refused {share}"
             raise UserError(
-                f"{refused:.0f} of {read:.0f} samples were refused ({reasons}), over data.max_refused "
-                f"{share}: `vlm-adapt shards inspect` names them"
+                f"{refused:.0f} of {read:.0f} samples were refused ({reasons}), {limit}: "
+                "`vlm-adapt shards inspect` names them"
             )
 
     def _whole_account(self) -> Account:
