@@ -19,7 +19,8 @@ from vlm_adapt import dist
 from vlm_adapt.config.load import validate
 from vlm_adapt.config.schema import Data, Evaluate
 from vlm_adapt.errors import UserError
-from vlm_adapt.evaluate.run import Scores, evaluate
+from vlm_adapt.evaluate.run import evaluate
+from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.models.build import build
 from vlm_adapt.models.locate import find_checkpoint
 from vlm_adapt.train import loop as loop_room

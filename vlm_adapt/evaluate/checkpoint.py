@@ -16,7 +16,8 @@ from vlm_adapt import dist
 from vlm_adapt.config.load import load_run
 from vlm_adapt.evaluate.files import write_scores
 from vlm_adapt.evaluate.progress import Told
-from vlm_adapt.evaluate.run import Scores, evaluate
+from vlm_adapt.evaluate.run import evaluate
+from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.models.restore import restore
 
 

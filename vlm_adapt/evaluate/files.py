@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from vlm_adapt.config.schema import Run
-from vlm_adapt.evaluate.run import Scores
+from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.models.build import Assembled
 
 THUMBNAILS = 96  # samples with a picture in the report

@@ -23,7 +23,8 @@ from vlm_adapt.data.problems import Account
 from vlm_adapt.data.stream import Shape, Step, Stream
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.progress import Told
-from vlm_adapt.evaluate.run import Scores, evaluate
+from vlm_adapt.evaluate.run import evaluate
+from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.train import checkpoint
