@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
+
+from vlm_adapt import dist
 
 
 class Signals:
@@ -21,6 +24,8 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = number
+        if dist.is_main():  # not print: a handler may have interrupted one
+            os.write(2, b"\nstopping after this step (once more to stop at once)\n")
         signal.signal(number, self._before[number])
 
     def __enter__(self) -> Signals:
