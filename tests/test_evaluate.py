@@ -255,7 +255,7 @@ def scored_tree(parts: Path, output: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("greater", "best"), [(False, 2), (True, 4)])
 def test_the_best_is_kept(parts, tmp_path, monkeypatch, greater, best):
-    curve(monkeypatch, [3.0, 1.0, float("nan"), 4.0, 2.0])
+    curve(monkeypatch, [float("nan"), 1.0, 3.0, 4.0, 2.0])
     tree = scored_tree(parts, tmp_path / "out")
     tree["evaluate"] |= {"greater_is_better": greater}
     train(validate(tree, "x"))
