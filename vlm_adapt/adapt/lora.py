@@ -48,6 +48,8 @@ class Lora(Method):
         **settings: Any,
     ):
         super().__init__()
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+            raise UserError(f"adapt: LoRA's r is a whole number from 1, not {r!r}")
         self.targets = target_modules
         alpha = 2 * r if lora_alpha is None else lora_alpha
         self.settings = {"r": r, "lora_alpha": alpha, "lora_dropout": lora_dropout, **settings}
@@ -64,6 +66,8 @@ class Lora(Method):
     def attach(self, part: nn.Module, unused: set[str]) -> None:
         """Inject the adapter; the base's weights stay where they are."""
         from peft import LoraConfig, inject_adapter_in_model
+
+        from vlm_adapt.adapt.lora_linear import fuse
 
         self.part = part
         inner = inner_model(part)
@@ -84,6 +88,7 @@ class Lora(Method):
             if hasattr(module, "cast_input_dtype_enabled"):
                 # Autocast brings input and adapter to one dtype; peft's own cast would copy twice more.
                 module.cast_input_dtype_enabled = False
+        fuse(inner)
         if taken:
             _activate_all(inner)
         self.parameters = {

@@ -124,6 +124,16 @@ def apply_plan(
     return Plan(attached, parts)
 
 
+def check_plan(stages: Sequence[Sequence[Adapt]]) -> None:
+    """Make and forget every method, so that a setting none can have is told before a model is loaded.
+
+    Raises:
+        UserError: a method is unknown or refuses its settings.
+    """
+    for line in (line for stage in stages for line in stage):
+        make_method(METHODS, line.method, line.options)
+
+
 def _same(first: Adapt, second: Adapt) -> bool:
     return (first.method, first.where, first.options) == (second.method, second.where, second.options)
 

@@ -85,7 +85,7 @@ class Account:
     def lose_all(self, problems: Iterable[Problem]) -> None:
         """Enter the problems of shards."""
         for problem in problems:
-            self.lose(f"{problem.key} in {problem.shard}", problem.reason)
+            self.lose(f"{problem.key} in {problem.shard}".removeprefix(" in "), problem.reason)
 
     def _show(self, reason: str, example: str) -> None:
         shown = self.examples.setdefault(reason, [])
@@ -101,6 +101,13 @@ class Account:
             self.refused[reason] = self.refused.get(reason, 0) + count
             for example in other.examples.get(reason, []):
                 self._show(reason, example)
+
+    def named(self) -> str:
+        """The refusals in words: how many for each reason, and the first of them by name."""
+        return "; ".join(
+            f"{count:,} x {reason}: {', '.join(self.examples.get(reason, []))}"
+            for reason, count in self.refused.items()
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a journal or a checkpoint."""

@@ -26,8 +26,11 @@ from vlm_adapt.vision import library_of
 SUPPLIED = {"self", "widths", "grids", "width_out", "embedding_rms"}  # given by us, not by a configuration
 
 
-def check_run(run: Run, shards: bool = True) -> None:
+def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
     """Check names and settings of every stage, and whether its shards are there.
+
+    Args:
+        train, evaluate: whether the shards that are trained on, and those held out, must be there.
 
     Raises:
         UserError: an unknown name or setting (the nearest is named), or shards that are not there.
@@ -47,7 +50,8 @@ def check_run(run: Run, shards: bool = True) -> None:
         OBJECTIVES.check(stage.train.objective)
         for name in stage.evaluate.metrics:
             METRICS.check(name)
-        for source in (*stage.data.train, *stage.data.evaluate) if shards else ():
+        wanted = (*(stage.data.train if train else ()), *(stage.data.evaluate if evaluate else ()))
+        for source in wanted:
             expand(source.shards)
 
 

@@ -6,13 +6,14 @@ written: a killed run loses at most the step it was in.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vlm_adapt.errors import UserError
 
@@ -28,12 +29,28 @@ class Journal:
     """
 
     def __init__(self, folder: Path, main: bool, reporters: Sequence[str] = (), name: str = ""):
-        self.folder, self.main = folder, main
+        self.folder, self.main, self.name = folder, main, name
+        self.file: TextIO | None = None
+        self.kinds = tuple(reporters)
+        self.reporters: list[Any] = []
+        for kind in self.kinds:
+            if importlib.util.find_spec(kind) is None:
+                raise UserError(f"train.report_to '{kind}' needs `pip install {kind}`")
+
+    def open(self) -> None:
+        """Begin to write; until then nothing is made in the folder.
+
+        Raises:
+            UserError: the file cannot be opened.
+        """
+        if not self.main:
+            return
         try:
-            self.file = (folder / FILE).open("a", encoding="utf-8") if main else None
+            self.file = (self.folder / FILE).open("a", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"the journal '{folder / FILE}' cannot be opened: {error.strerror}") from error
-        self.reporters = [_reporter(kind, folder, name) for kind in reporters] if main else []
+            path = self.folder / FILE
+            raise UserError(f"the journal '{path}' cannot be opened: {error.strerror}") from error
+        self.reporters = [_reporter(kind, self.folder, self.name) for kind in self.kinds]
 
     def step(self, line: Mapping[str, Any]) -> None:
         """One optimizer step."""
@@ -110,10 +127,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 def _reporter(kind: str, folder: Path, name: str) -> Any:
     if kind == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError("train.report_to 'tensorboard' needs `pip install tensorboard`") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(folder / "tensorboard"))
 
         def to_tensorboard(step: int, values: dict[str, float]) -> None:
@@ -122,9 +137,7 @@ def _reporter(kind: str, folder: Path, name: str) -> Any:
             writer.flush()
 
         return to_tensorboard
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("train.report_to 'wandb' needs `pip install wandb`") from error
+    import wandb
+
     run = wandb.init(project="vlm_adapt", name=name, dir=str(folder), resume="allow")
     return lambda step, values: run.log(values, step=step)

@@ -6,15 +6,18 @@ Knows stages, output folders and how a run ends; the steps themselves are in loo
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vlm_adapt import dist
+from vlm_adapt.adapt.plan import check_plan
 from vlm_adapt.config.load import dump
 from vlm_adapt.config.schema import Run
 from vlm_adapt.errors import UserError
@@ -22,6 +25,7 @@ from vlm_adapt.evaluate.files import write_scores
 from vlm_adapt.models.build import Assembled, build, compute_dtype
 from vlm_adapt.models.restore import LATEST, load_trained, read_checkpoint
 from vlm_adapt.train import checkpoint
+from vlm_adapt.train.engine import zero_settings
 from vlm_adapt.train.journal import Journal, rewind
 from vlm_adapt.train.loop import StageLoop, Totals
 from vlm_adapt.train.signals import Signals
@@ -41,16 +45,19 @@ def train(run: Run, fresh: bool = False) -> int:
     Raises:
         UserError: the configuration does not fit the folder's run, or something it names is missing.
     """
+    stages = [stage for _, stage in run.stage_runs()]
+    check_plan([stage.adapt for stage in stages])
+    for stage in stages:
+        zero_settings(stage.train.deepspeed)
     output = Path(run.output_dir)
     found = None if fresh else find_state(run, output)
     if found is not None and found[0].get(DONE):
         say(f"this run has finished: {found[1]} (start over with --fresh)")
         return 0
+    _check_output(output)
     dist.start()
-    dropped = 0
 
     def prepare() -> None:
-        nonlocal dropped
         output.mkdir(parents=True, exist_ok=True)
         if fresh:
             _clear(output)
@@ -58,12 +65,18 @@ def train(run: Run, fresh: bool = False) -> int:
             shutil.rmtree(left)
         dropped = rewind(output, found[0]["step"] if found else 0)
         checkpoint.write_atomically(output / "run.yaml", dump(run))
+        journal.open()
+        if found is not None:
+            step, name = found[0]["step"], found[1].name
+            journal.event("resume", step=step, checkpoint=name, lines_dropped=dropped)
 
-    checkpoint.on_main(prepare, f"output_dir '{output}'")
     journal = Journal(output, dist.is_main(), run.train.report_to, output.name)
     try:
         with Signals() as signals:
-            return _stages(run, output, found, journal, signals, dropped)
+            # What an earlier run left is cleared, and anything written, only when this one has been built:
+            # a mistake in it costs nothing.
+            begin = partial(checkpoint.on_main, prepare, f"output_dir '{output}'")
+            return _stages(run, output, found, journal, signals, begin)
     finally:
         journal.close()
 
@@ -74,7 +87,7 @@ def _stages(
     found: tuple[dict[str, Any], Path] | None,
     journal: Journal,
     signals: Signals,
-    dropped: int,
+    begin: Callable[[], None],
 ) -> int:
     names = {field.name for field in fields(Totals)}
     totals = Totals(**{k: v for k, v in found[0].items() if k in names}) if found else Totals()
@@ -82,8 +95,7 @@ def _stages(
     stages = run.stage_runs()
     if folder is not None:
         say(f"going on from {folder} (step {totals.step}, stage '{stages[totals.stage][0]}')")
-        journal.event("resume", step=totals.step, checkpoint=folder.name, lines_dropped=dropped)
-    started = time.monotonic()
+    started, begun = time.monotonic(), False
     while totals.stage < len(stages):
         name, stage_run = stages[totals.stage]
         assembled = build(run.model, compute_dtype(stage_run.train.bf16), run.seed)
@@ -93,6 +105,9 @@ def _stages(
         table = plan.table()
         resume = (found[0], found[1]) if found and found[0]["stage"] == totals.stage else None
         loop = StageLoop(run, name, stage_run, assembled, totals, journal, signals, resume)
+        if not begun:
+            begin()
+            begun = True
         _announce(name, table, assembled, loop, journal, output)
         if not loop.train():
             say(f"stopped after step {totals.step}; the same command goes on from there")
@@ -120,9 +135,8 @@ def _finish(run: Run, loop: StageLoop, output: Path, folder: Path, journal: Jour
 
     checkpoint.on_main(write, f"the scores in '{output}'")
     if account.refusals or account.truncated:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in account.refused.items())
         counts = f"{account.used} used, {account.truncated} truncated, {account.refusals} refused"
-        say(f"samples: {counts} ({reasons})")
+        say(f"samples: {counts}{'; refused ' + account.named() if account.refusals else ''}")
     seconds = round(time.monotonic() - started, 1)
     journal.event("finish", step=loop.totals.step, seconds=seconds, account=account.to_dict())
     dist.barrier()
@@ -157,6 +171,15 @@ def find_state(run: Run, output: Path) -> tuple[dict[str, Any], Path] | None:
             f"'{output}' holds a finished run of {state['step']} steps: choose another output_dir, or --fresh"
         )
     return state, folder
+
+
+def _check_output(output: Path) -> None:
+    """Whether a folder can be made and written there, before anything is loaded."""
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"output_dir '{output}' cannot be written: '{there}' is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"output_dir '{output}' cannot be written: there is no permission in '{there}'")
 
 
 def _clear(output: Path) -> None:
