@@ -167,7 +167,9 @@ def saved(plan: Any, folder: Path) -> Path:
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True, "target_modules": "q_proj"}, {"use_dora": True}])
 def test_peft_reads_what_we_save(ours: Any, tmp_path: Path, more: dict[str, Any]) -> None:
-    """peft's own loader on the base model of transformers gives our logits; 1e-6 is float32's rounding."""
+    """peft's own loader on the base model of transformers gives our logits.
+
+    1e-5: attention and the update are summed in another order; a wrong alpha or r is off by 1e-2."""
     from peft import PeftModel
 
     plan = ours.adapt([lines(LORA | {"lora_alpha": 6} | more)])
@@ -178,7 +180,7 @@ def test_peft_reads_what_we_save(ours: Any, tmp_path: Path, more: dict[str, Any]
     batch = rows.batch(ours, [rows.conversation(ours, "no", "yes")])
     with torch.no_grad():
         want = theirs(input_ids=batch.ids_BT).logits
-    torch.testing.assert_close(ours.model.logits(batch), want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours.model.logits(batch), want, atol=1e-5, rtol=0)
     tensors = plan.attached[0].method.read(folder)
     assert all(torch.equal(tensors[k], p) for k, p in plan.attached[0].method.parameters.items())
 

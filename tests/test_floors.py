@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "vlm_adapt"
 MOST_LINES = 300
 FLOORS = [
-    set("__init__ errors exits quiet choices sentence template image_spec dist config".split()),
+    set("__init__ attention errors exits quiet choices sentence template image_spec dist config".split()),
     set("vision language connectors adapt data metrics weights".split()),
     {"models"},
     set("train evaluate chat export report".split()),

@@ -122,7 +122,9 @@ def save_model(folder: Path, sizes: Sizes) -> int:
     save_file(whole.model.multi_modal_projector.state_dict(), folder / "connector.safetensors")
     words = {"<pad>": 0, "<image>": 1, "</s>": 2, "a": 3}
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")), eos_token="</s>", pad_token="<pad>"
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")),
+        eos_token="</s>",
+        pad_token="<pad>",
     ).save_pretrained(folder / "language")
     return sum(parameter.numel() for parameter in whole.parameters())
 

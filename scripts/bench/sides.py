@@ -181,9 +181,7 @@ def theirs(folder: Path, sizes: Sizes, rows: list[Row], steps: int, options: dic
         remove_unused_columns=False,
         disable_tqdm=True,
     )
-    trainer = InOrder(
-        model, arguments, data_collator=collate, train_dataset=Samples(), callbacks=[Report()]
-    )
+    trainer = InOrder(model, arguments, data_collator=collate, train_dataset=Samples(), callbacks=[Report()])
     trainer.train()
 
 

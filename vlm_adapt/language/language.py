@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlm_adapt.language.loss import cross_entropy
+
 LOGIT_ROWS_AT_ONCE = 4096  # rows of logits held at a time: at 150 k words, 2.4 GB in float32
 
 
@@ -145,7 +147,7 @@ class Language(nn.Module):
             # A rank without targets still runs the head, and backward through every block: ZeRO waits.
             nothing_1D = hidden_ND.sum(0, keepdim=True)
             return self.logits(nothing_1D).float().sum()[None] * 0.0
-        return nn.functional.cross_entropy(self.logits(hidden_ND).float(), targets_N, reduction="none")
+        return cross_entropy(self.logits(hidden_ND), targets_N)
 
     def generate(self, inputs: LanguageInput, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
         """Write an answer for every row (or every writer of a row); ids without the stop token."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vlm_adapt.attention import fits, register
 from vlm_adapt.errors import UserError
 from vlm_adapt.language import LANGUAGES
 from vlm_adapt.language.language import Language
@@ -39,8 +40,8 @@ def load_language(
         weights: `hub:` for what the name holds (`hub:REVISION` for a branch, tag or commit),
             `random:` or `random:SEED` for the configuration alone, `file:FOLDER` for other weights of
             the same configuration.
-        attention: transformers' name, or `auto`: eager on the CPU, where it beats SDPA with a mask
-            (measured, docs/log.md), SDPA elsewhere.
+        attention: transformers' name, or `auto`: our own on the CPU (eager where a model's scores are
+            not plain), which beats SDPA there (measured, docs/log.md), SDPA elsewhere.
         dtype: of all weights.
 
     Raises:
@@ -59,6 +60,8 @@ def load_language(
     options: dict[str, Any] = {"dtype": dtype}
     if attention == "auto":
         attention = "sdpa" if torch.cuda.is_available() and not seq2seq else "eager"
+        if attention == "eager" and not seq2seq and fits(_causal_class(config), config):
+            attention = register()
     options["attn_implementation"] = attention
     with _clear_errors(model, "language model"):
         if kind == "random":
@@ -78,9 +81,7 @@ def _check_masks(config: Any, model: str | Path) -> None:
     Branches, padded prompts and two-way prompts need every layer to see just what the mask allows, at
     the positions given: a state that runs through the row, or a distance counted along it, does not.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    kind = _causal_class(config)
     text = config.get_text_config()
     layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     reason = ""
@@ -99,6 +100,12 @@ def _check_masks(config: Any, model: str | Path) -> None:
             f"the language model '{model}' ({text.model_type}) cannot read images in sentences here: "
             f"{reason}; choose one with attention in every layer (Llama, Qwen, Gemma 1 to 3, Phi, OPT, …)"
         )
+
+
+def _causal_class(config: Any) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
 
 
 def choose_template(name: str, tokenizer: Any, seq2seq: bool, prefix_lm: bool) -> Template:
