@@ -19,7 +19,7 @@ from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 
 PIPE, USER, INTERRUPTED = 1, 2, 130
-RANK_PATIENCE = 3.0  # seconds in which a launcher ends the other ranks once the main one has spoken
+RANK_PATIENCE = 10.0  # seconds in which a launcher ends the other ranks once the main one has spoken
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever typer keeps click
 
 

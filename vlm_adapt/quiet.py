@@ -13,6 +13,8 @@ def quiet() -> Iterator[None]:
 
     DeepSpeed warns that it found no GPU; where there is none it is told so beforehand.
     """
+    import logging as records
+
     import torch
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
@@ -21,10 +23,15 @@ def quiet() -> Iterator[None]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     bars, downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
+    # A hub that does not answer is told once, in a sentence of ours, and not at every try.
+    tries = records.getLogger("huggingface_hub.utils._http")
+    level = tries.level
+    tries.setLevel(records.ERROR)
     if downloads:
         enable_progress_bars()
     try:
         yield
     finally:
+        tries.setLevel(level)
         if bars:
             logging.enable_progress_bar()

@@ -145,7 +145,7 @@ class _clear_errors:
         if not isinstance(error, OSError | ValueError | RuntimeError) or isinstance(error, UserError):
             return
         folder = Path(str(self.model))
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         if folder.is_dir():
             raise UserError(f"the folder '{self.model}' holds no usable {self.what}: {first}") from error
         raise UserError(

@@ -81,6 +81,9 @@ class StageLoop:
         sources = [
             Source(reader.counts(number), source.weight) for number, source in enumerate(stage_run.data.train)
         ]
+        if reader.problems and not any(sum(source.counts) for source in sources):
+            first = reader.problems[0]
+            raise UserError(f"nothing can be read from data.train: {first.shard}: {first.reason}")
         plan = Plan(sources, run.seed + totals.stage, stage_run.data.lanes, stage_run.data.shuffle)
         shape = Shape(
             train.per_device_train_batch_size,
