@@ -94,7 +94,7 @@ def test_misspelt_target(ours: Any) -> None:
     [
         (LORA | {"rank": 4}, "method 'lora' has no setting 'rank'"),
         (LORA | {"lora_alhpa": 4}, "has no setting 'lora_alhpa', did you mean 'lora_alpha'?"),
-        (LORA | {"r": 0}, "r` should be a positive integer"),
+        (LORA | {"r": 0}, "r is a whole number from 1, not 0"),
         (LORA | {"method": "lorra"}, "unknown adaptation method 'lorra', did you mean 'lora'?"),
         (FULL | {"r": 3}, "method 'full' has no setting 'r'"),
     ],

@@ -5,86 +5,15 @@ Float64 throughout where it can be: 1e-10 then leaves room for the order of sums
 
 from __future__ import annotations
 
-from typing import Any
-
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
 
 from vlm_adapt import attention
-from vlm_adapt.adapt.lora_linear import FusedLinear, _Adapted, fuse
 from vlm_adapt.language.loss import cross_entropy
 
 torch.set_num_threads(1)
 NEAR = {"atol": 1e-10, "rtol": 0.0}
-
-
-def adapted(monkeypatch: pytest.MonkeyPatch, **more: Any) -> tuple[Any, list[int]]:
-    """A linear layer under peft, with B away from zero, and a count of the fused forward passes."""
-    torch.manual_seed(0)
-    inner = nn.Sequential(nn.Linear(6, 10)).double().requires_grad_(False)
-    config = peft.LoraConfig(target_modules=["0"], r=2, lora_alpha=6, **more)
-    peft.inject_adapter_in_model(config, inner)
-    for name, parameter in inner.named_parameters():
-        if "lora" in name:
-            parameter.data = torch.randn(parameter.shape, dtype=torch.float64)
-    calls: list[int] = []
-    apply = _Adapted.apply
-    monkeypatch.setattr(_Adapted, "apply", lambda *given: calls.append(1) or apply(*given))
-    return inner, calls
-
-
-def results(inner: Any, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradient of the input, and gradients of what trains."""
-    x = x.clone().requires_grad_(True)
-    inner.zero_grad()
-    out = inner(x)
-    out.square().sum().backward()
-    assert x.grad is not None
-    trained = {name: p.grad.clone() for name, p in inner.named_parameters() if p.requires_grad}
-    return {"out": out.detach(), "x": x.grad} | trained
-
-
-@pytest.mark.parametrize("shape", [(3, 6), (2, 5, 6)])
-def test_fused_lora(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
-    inner, calls = adapted(monkeypatch)
-    names = list(inner.state_dict())
-    x = torch.randn(shape, dtype=torch.float64)
-    want = results(inner, x)
-    fuse(inner)
-    assert type(inner[0]) is FusedLinear and not calls
-    got = results(inner, x)
-    assert calls == [1] and list(inner.state_dict()) == names and len(got) == 4
-    for name, value in want.items():
-        torch.testing.assert_close(got[name], value, **NEAR, msg=name)
-
-
-@pytest.mark.parametrize("more", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}])
-def test_other_kinds_keep_pefts_own_road(monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
-    inner, calls = adapted(monkeypatch, **more)
-    fuse(inner)
-    inner.train()
-    results(inner, torch.randn(3, 6, dtype=torch.float64))
-    assert not calls
-
-
-def test_watched_and_partitioned_layers_keep_pefts_own_road(monkeypatch: pytest.MonkeyPatch) -> None:
-    inner, calls = adapted(monkeypatch)
-    fuse(inner)
-    x = torch.randn(3, 6, dtype=torch.float64)
-    hook = inner[0].lora_A["default"].register_forward_pre_hook(lambda *_: None)
-    inner(x)
-    hook.remove()
-    inner[0].base_layer.weight.ds_id = 0  # what DeepSpeed's ZeRO-3 leaves on a parameter
-    inner(x)
-    del inner[0].base_layer.weight.ds_id
-    inner[0].enable_adapters(False)
-    inner(x)
-    assert not calls
-    inner[0].enable_adapters(True)
-    inner(x)
-    assert calls == [1]
 
 
 class Layer:

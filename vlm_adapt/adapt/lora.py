@@ -67,8 +67,6 @@ class Lora(Method):
         """Inject the adapter; the base's weights stay where they are."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        from vlm_adapt.adapt.lora_linear import fuse
-
         self.part = part
         inner = inner_model(part)
         names = choose_layers(part, inner, self.targets, unused)
@@ -88,7 +86,6 @@ class Lora(Method):
             if hasattr(module, "cast_input_dtype_enabled"):
                 # Autocast brings input and adapter to one dtype; peft's own cast would copy twice more.
                 module.cast_input_dtype_enabled = False
-        fuse(inner)
         if taken:
             _activate_all(inner)
         self.parameters = {
