@@ -186,6 +186,16 @@ def test_one_shot_chat_prints_the_answer_alone(folder: Path, capsys: Any) -> Non
     assert "not an image" in capsys.readouterr().err
 
 
+def test_one_option_takes_several_images(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jpg", tmp_path / "b.jpg"
+    first.touch()
+    second.touch()
+    words = ["chat", "--image", str(first), str(second), "run", "--prompt", str(first)]
+    assert cli._each_image(words) == [
+        *["chat", "--image", str(first), "--image", str(second), "run", "--prompt", str(first)]
+    ]
+
+
 def test_what_stops_a_verb_becomes_code_and_sentence(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def raising(error: BaseException) -> Any:
         def verb() -> int:

@@ -283,8 +283,17 @@ def _print_refused(figures: dict[str, Any]) -> None:
         print(f"refused {times:,} x {reason}: {', '.join(figures['examples'].get(reason, []))}")
 
 
+def _each_image(words: list[str]) -> list[str]:
+    """`--image a.jpg b.jpg` as `--image a.jpg --image b.jpg`: further files belong to the option too."""
+    spread: list[str] = []
+    for word in words:
+        more = len(spread) > 1 and spread[-2] == "--image" and Path(word).is_file()
+        spread += ["--image", word] if more else [word]
+    return spread
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb; returns 0, or the code of what stopped it (see exits.py)."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _each_image(list(sys.argv[1:] if arguments is None else arguments))
     command = typer.main.get_command(app)
     return exits.guarded(lambda: command.main(words, prog_name="vlm-adapt", standalone_mode=False), words)
