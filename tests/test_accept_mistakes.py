@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import yaml
 
-from vlm_adapt.config.load import validate
+from vlm_adapt.config.load import load_run, validate
 from vlm_adapt.data.problems import Account, Problem
 from vlm_adapt.errors import UserError
 from vlm_adapt.models.check import check_run
 from vlm_adapt.quiet import quiet
+from vlm_adapt.train import lock as lock_room
 from vlm_adapt.train import run as run_room
 from vlm_adapt.train.run import train
 
@@ -100,3 +106,54 @@ def test_a_silent_hub_is_told_once(caplog):
     with quiet():
         assert not tries.isEnabledFor(logging.WARNING)
     assert tries.level == level
+
+
+def test_an_output_folder_is_one_runs_at_a_time(parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_room, "PATIENCE", 0.3)
+    output = tmp_path / "out"
+    output.mkdir()
+    other = lock_room.OutputLock(output)
+    other.take()
+    with pytest.raises(UserError, match="another process is training into"):
+        train(run_of(parts, output, train__max_steps=1))
+    assert not list(output.iterdir())
+    other.release()
+    assert train(run_of(parts, output, train__max_steps=1)) == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a signal that Linux alone has")
+def test_workers_die_with_their_launcher(tmp_path):
+    """A launcher that is killed hard leaves nobody training behind."""
+    worker = "import os, time; from vlm_adapt import dist; dist.follow_launcher(); " + (
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    launcher = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}], start_new_session=True)"
+    )
+    environment = os.environ | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "-c", launcher], env=environment)
+    until = time.monotonic() + 30
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    process.kill()
+    process.wait()
+    while alive(child):
+        assert time.monotonic() < until, "the worker lives on"
+        time.sleep(0.05)
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; a zombie, whom nobody has buried yet, does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_value_that_ends_with_a_colon_is_a_word(parts, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny.run_tree(parts)), encoding="utf-8")
+    run = load_run(path, ["model.vision.weights=random:", "model.connector={name: linear}"])
+    assert run.model.vision.weights == "random:" and run.model.connector.name == "linear"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from vlm_adapt import __version__, exits
+from vlm_adapt import __version__, dist, exits
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 
@@ -72,6 +72,7 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; forget what is there.")] = False,
 ) -> int:
     """Train a run, or go on with it where it stopped."""
+    dist.follow_launcher()
     run = _run(config, overrides)
     from vlm_adapt.train.run import train
 

@@ -6,6 +6,7 @@ Imports torch only when a process group is wanted, so that `vlm-adapt --help` do
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -40,6 +41,17 @@ def device() -> Any:
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
+
+
+def follow_launcher() -> None:
+    """End when the launcher is killed: torchrun starts its workers in sessions of their own, and after
+    a `kill -9` of it they would train on, unseen, beside the run that is started next. Linux only."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def start() -> None:

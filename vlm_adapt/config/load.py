@@ -73,6 +73,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"the value of '{override}' is not valid YAML") from error
+    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+        value = text  # `weights=random:` means the word, not a mapping
     node: Any = tree
     *parents, last = key.split(".")
     for name in parents:

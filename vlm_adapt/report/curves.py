@@ -5,8 +5,10 @@ Knows which values a journal holds; charts.py draws.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 from vlm_adapt.report.charts import Line, line_chart
 from vlm_adapt.report.read import RunRecord
@@ -15,11 +17,17 @@ from vlm_adapt.report.series import Points, pick, smooth
 from vlm_adapt.report.words import number
 
 CURVES_AT_MOST = 8
+COUNTS = ("samples", "samples_available", "samples_in_shards", "questions", "read", "used", "truncated")
 GIB = 2**30
 
 
-def _raw_and_smooth(points: Points) -> list[Line]:
-    return [Line("each step", points, faint=True), Line("smoothed", smooth(points))]
+def _raw_and_smooth(points: Points, marks: Sequence[tuple[float, str]]) -> list[Line]:
+    """The points, and their course smoothed within each stage: stages may minimise other things."""
+    edges = [-math.inf, *(start for start, _ in marks[1:]), math.inf]
+    smoothed: Points = []
+    for low, high in pairwise(edges):
+        smoothed += smooth([point for point in points if low <= point[0] < high])
+    return [Line("each step", points, faint=True), Line("smoothed", smoothed)]
 
 
 def _seconds(value: float) -> str:
@@ -48,14 +56,20 @@ def curves(record: RunRecord) -> str:
     body = "".join(
         [
             line_chart(
-                "Training loss", _raw_and_smooth(pick(steps, "loss")), marks, wide=True, may_be_log=True
+                "Training loss",
+                _raw_and_smooth(pick(steps, "loss"), marks),
+                marks,
+                wide=True,
+                may_be_log=True,
             ),
             *charts,
             line_chart("Learning rate", rate_lines, from_zero=True),
-            line_chart("Gradient norm", _raw_and_smooth(pick(steps, "grad_norm")), may_be_log=True),
-            line_chart("Tokens a second", _raw_and_smooth(speed), from_zero=True),
+            line_chart("Gradient norm", _raw_and_smooth(pick(steps, "grad_norm"), marks), may_be_log=True),
+            line_chart("Tokens a second", _raw_and_smooth(speed, marks), from_zero=True),
             line_chart("Memory, GiB", [Line("memory", memory)], from_zero=True),
-            line_chart("Waiting for data, a step", _raw_and_smooth(wait), text=_seconds, from_zero=True),
+            line_chart(
+                "Waiting for data, a step", _raw_and_smooth(wait, marks), text=_seconds, from_zero=True
+            ),
         ]
     )
     if not body:
@@ -65,14 +79,16 @@ def curves(record: RunRecord) -> str:
 
 
 def _evaluations(record: RunRecord) -> tuple[list[str], str]:
-    """A chart of every metric that the evaluations during the run gave, the blind score with it; and a
+    """A chart of every metric that several evaluations during the run gave, the blind score with it; and a
     sentence on those beyond the number that is shown."""
     held = [e for e in record.events if e.get("event") == "evaluate" and isinstance(e.get("step"), int)]
+    if len({event["step"] for event in held}) < 2:
+        return [], ""  # one evaluation is a table, not a curve
     names: dict[tuple[str, ...], None] = {}
     for event in held:
         for group, values in groups(event.get("metrics")).items():
             for name, value in values.items():
-                if isinstance(value, int | float) and not isinstance(value, bool) and name != "samples":
+                if isinstance(value, int | float) and not isinstance(value, bool) and name not in COUNTS:
                     names[(group, name) if group else (name,)] = None
     charts = []
     for keys in list(names)[:CURVES_AT_MOST]:

@@ -54,7 +54,7 @@ def choose(samples: Sequence[Mapping[str, Any]], most: int) -> list[int]:
         return samples[place]["score"] if found[place] else 0.0
 
     for group in groups.values():
-        group.sort(key=value)
+        group.sort(key=lambda place: ("image" not in samples[place], value(place)))  # pictures first
     chosen: list[int] = []
     depth = 0
     while len(chosen) < min(most, len(samples)):
@@ -148,7 +148,7 @@ def gallery(
     cards, missing = [], 0
     for place in chosen:
         source = picture(samples[place].get("image"), folder, inside)
-        missing += source is None
+        missing += source is None and samples[place].get("image") is not None
         cards.append(_card(samples[place], found[place], source))
     notes = (
         [f"{missing} image(s) of the samples shown are absent, broken or outside the run."] if missing else []

@@ -82,7 +82,9 @@ def _summary(record: RunRecord) -> str:
         if isinstance(value, int | float):
             note = f"{score_text(name, blind)} blind" if isinstance(blind, int | float) else ""
             tiles.append(_tile(name.capitalize() if name.islower() else name, score_text(name, value), note))
-    losses = pick(record.steps, "loss")
+    # Of the last stage: the one before may have minimised something else.
+    last_stage = record.steps[-1].get("stage") if record.steps else None
+    losses = pick([step for step in record.steps if step.get("stage") == last_stage], "loss")
     if losses:
         last = smooth(losses)[-1][1]
         tiles.append(_tile("Loss", number(last), f"smoothed; first step {number(losses[0][1])}"))

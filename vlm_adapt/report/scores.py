@@ -54,11 +54,16 @@ def _table(name: str, metrics: Mapping[str, Any]) -> str:
     blind = metrics.get("blind") if isinstance(metrics.get("blind"), Mapping) else {}
     rows = []
     for key, value in metrics.items():
-        if key in ("accuracy", "samples") or isinstance(value, bool) or not isinstance(value, int | float):
+        if (
+            key in ("accuracy", "samples")
+            or (key == "blind_loss" and blind)
+            or isinstance(value, bool)
+            or not isinstance(value, int | float)
+        ):
             continue
         cells = [score_text(key, value)]
         if blind:
-            other = blind.get(key)
+            other = metrics.get("blind_loss") if key == "loss" else blind.get(key)
             cells.append(score_text(key, other) if isinstance(other, int | float) else "–")
         columns = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
         rows.append(f"<tr><th scope=row>{escape(key)}</th>{columns}</tr>")

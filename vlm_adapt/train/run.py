@@ -27,6 +27,7 @@ from vlm_adapt.models.restore import LATEST, load_trained, read_checkpoint
 from vlm_adapt.train import checkpoint
 from vlm_adapt.train.engine import zero_settings
 from vlm_adapt.train.journal import Journal, rewind
+from vlm_adapt.train.lock import OutputLock
 from vlm_adapt.train.loop import StageLoop, Totals
 from vlm_adapt.train.signals import Signals
 
@@ -50,35 +51,47 @@ def train(run: Run, fresh: bool = False) -> int:
     for stage in stages:
         zero_settings(stage.train.deepspeed)
     output = Path(run.output_dir)
-    found = None if fresh else find_state(run, output)
-    if found is not None and found[0].get(DONE):
-        say(f"this run has finished: {found[1]} (start over with --fresh)")
-        return 0
     _check_output(output)
     dist.start()
-
-    def prepare() -> None:
-        output.mkdir(parents=True, exist_ok=True)
-        if fresh:
-            _clear(output)
-        for left in output.glob(".checkpoint-*.partial"):  # a kill came in the middle of writing
-            shutil.rmtree(left)
-        dropped = rewind(output, found[0]["step"] if found else 0)
-        checkpoint.write_atomically(output / "run.yaml", dump(run))
-        journal.open()
-        if found is not None:
-            step, name = found[0]["step"], found[1].name
-            journal.event("resume", step=step, checkpoint=name, lines_dropped=dropped)
-
+    lock = OutputLock(output)
     journal = Journal(output, dist.is_main(), run.train.report_to, output.name)
     try:
+        checkpoint.on_main(lock.take, f"output_dir '{output}'")
+        found = None if fresh else find_state(run, output)
+        if found is not None and found[0].get(DONE):
+            say(f"this run has finished: {found[1]} (start over with --fresh)")
+            return 0
+        # What an earlier run left is cleared, and anything written, only when this one has been built:
+        # a mistake in it costs nothing.
+        write = partial(_begin, run, output, found, fresh, journal, lock)
         with Signals() as signals:
-            # What an earlier run left is cleared, and anything written, only when this one has been built:
-            # a mistake in it costs nothing.
-            begin = partial(checkpoint.on_main, prepare, f"output_dir '{output}'")
+            begin = partial(checkpoint.on_main, write, f"output_dir '{output}'")
             return _stages(run, output, found, journal, signals, begin)
     finally:
         journal.close()
+        lock.release()
+
+
+def _begin(
+    run: Run,
+    output: Path,
+    found: tuple[dict[str, Any], Path] | None,
+    fresh: bool,
+    journal: Journal,
+    lock: OutputLock,
+) -> None:
+    """Make the output folder this run's own; on the main rank."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock.take()
+    if fresh:
+        _clear(output)
+    for left in output.glob(".checkpoint-*.partial"):  # a kill came in the middle of writing
+        shutil.rmtree(left)
+    dropped = rewind(output, found[0]["step"] if found else 0)
+    checkpoint.write_atomically(output / "run.yaml", dump(run))
+    journal.open()
+    if found is not None:
+        journal.event("resume", step=found[0]["step"], checkpoint=found[1].name, lines_dropped=dropped)
 
 
 def _stages(
