@@ -85,9 +85,10 @@ def parts(record: RunRecord) -> str:
     """The table of trainable and frozen counts; empty without `parts.json`."""
     if not record.parts:
         return ""
-    total = {"part": "all", **{k: sum(row[k] for row in record.parts) for k in ("trainable", "frozen")}}
+    named = [row for row in record.parts if row["part"] != "all"]  # the file may hold the sum as well
+    total = {"part": "all", **{k: sum(row[k] for row in named) for k in ("trainable", "frozen")}}
     rows = ""
-    for row in [*record.parts, total]:
+    for row in [*named, total]:
         both = row["trainable"] + row["frozen"]
         part = share(row["trainable"] / both) if both else "–"
         rows += (

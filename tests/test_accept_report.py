@@ -1,0 +1,47 @@
+"""What looking at a real report found: sums counted twice, curves across stages, charts of one point."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vlm_adapt.report.curves import _raw_and_smooth
+from vlm_adapt.report.html import write_report
+
+
+def run_of(folder: Path, evaluations: int) -> Path:
+    steps = [
+        {"step": n, "stage": "align" if n <= 10 else "tune", "loss": 0.1 if n <= 10 else 4.0}
+        for n in range(1, 21)
+    ]
+    metrics = {"CIDEr": 0.5, "loss": 3.0, "blind_loss": 3.25, "questions": 4, "blind": {"CIDEr": 0.1}}
+    events = [{"event": "evaluate", "step": 20 - n, "metrics": metrics} for n in range(evaluations)]
+    lines = [json.dumps(line) + "\n" for line in [*steps, *events]]
+    (folder / "journal.jsonl").write_text("".join(lines), encoding="utf-8")
+    (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    row = {"method": "full", "trainable": 1_234, "frozen": 0}
+    rows = [{"part": "connector", **row}, {"part": "all", **row}]
+    (folder / "parts.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def test_the_sum_of_parts_is_counted_once(tmp_path):
+    page = write_report(run_of(tmp_path, 1)).read_text(encoding="utf-8")
+    assert "2,468" not in page and page.count("<td>1,234</td>") == 2
+
+
+def test_stages_are_smoothed_apart(tmp_path):
+    points = [(float(n), 0.1 if n <= 10 else 4.0) for n in range(1, 21)]
+    _, smoothed = _raw_and_smooth(points, [(1.0, "align"), (11.0, "tune")])
+    assert all(
+        abs(y - expected) < 1e-9 for (_, y), (_, expected) in zip(smoothed.points, points, strict=True)
+    )
+    page = write_report(run_of(tmp_path, 1)).read_text(encoding="utf-8")
+    assert "smoothed; first step 4" in page
+
+
+def test_one_evaluation_is_a_table_and_two_are_a_curve(tmp_path):
+    once = write_report(run_of(tmp_path, 1)).read_text(encoding="utf-8")
+    assert "Held out: CIDEr" not in once and "<td>3.25</td>" in once
+    twice = write_report(run_of(tmp_path, 2)).read_text(encoding="utf-8")
+    assert "Held out: CIDEr" in twice and "Held out: questions" not in twice
