@@ -85,8 +85,8 @@ def evaluate(
     metrics = answer_metrics(rows, settings)
     losses = [part for parts in dist.gather(runner.losses) for part in parts]
     metrics |= loss_metrics(losses)
-    metrics |= {"samples": len(chosen), "samples_available": len(numbers), "samples_in_shards": len(reader)}
-    metrics |= {"account": account.to_dict()}
+    metrics |= {"samples": len(chosen), "samples_available": len(numbers)}
+    metrics |= {"samples_in_shards": sum(map(len, reader.sets)), "account": account.to_dict()}
     for row in rows:
         del row["question_number"]
     return Scores(metrics, rows)
