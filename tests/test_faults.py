@@ -11,33 +11,19 @@ import subprocess
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import tiny
 from forks import write
+from tiny import run_of, sentence
 
-from vlm_adapt.config.load import validate
 from vlm_adapt.errors import UserError
 from vlm_adapt.models.restore import restore
 from vlm_adapt.models.vlm import VisionLanguageModel
 from vlm_adapt.train import run as run_room
 from vlm_adapt.train.journal import Journal, read_journal
 from vlm_adapt.train.run import train
-
-
-def run_of(parts: Path, output: Path, **changes: Any) -> Any:
-    """Four steps with a checkpoint each."""
-    return validate(tiny.run_tree(parts, str(output), **({"train__save_steps": 1} | changes)), "x")
-
-
-def sentence(caught: Any) -> str:
-    """The message, which is one line."""
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
 
 # Full disks ------------------------------------------------------------------------------------------
 

@@ -6,14 +6,12 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
 import torch
 from forks import ROOT
+from tiny import run_of, sentence
 
-from vlm_adapt.config.load import validate
 from vlm_adapt.errors import UserError
 from vlm_adapt.models.build import build
 from vlm_adapt.models.restore import restore
@@ -23,19 +21,6 @@ from vlm_adapt.train.contract import Contract
 from vlm_adapt.train.engine import Engine, zero_settings
 from vlm_adapt.train.journal import read_journal
 from vlm_adapt.train.run import train
-
-
-def run_of(parts: Path, output: Path, **changes: Any) -> Any:
-    """Four steps with a checkpoint each."""
-    return validate(tiny.run_tree(parts, str(output), **({"train__save_steps": 1} | changes)), "x")
-
-
-def sentence(caught: Any) -> str:
-    """The message, which is one line."""
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
-
 
 # The contract of trainability ------------------------------------------------------------------------
 

@@ -189,3 +189,17 @@ def run_tree(folder: Path, output: str = "out", **changes: Any) -> dict[str, Any
             node = node[parent]
         node[last] = value
     return tree
+
+
+def run_of(parts: Path, output: Path, **changes: Any) -> Any:
+    """Four steps with a checkpoint each."""
+    from vlm_adapt.config.load import validate
+
+    return validate(run_tree(parts, str(output), **({"train__save_steps": 1} | changes)), "x")
+
+
+def sentence(caught: Any) -> str:
+    """The message, which is one line."""
+    text = str(caught.value)
+    assert "\n" not in text
+    return text

@@ -40,7 +40,7 @@ def calibrate(assembled: Assembled, reader: Reader, plan: Plan) -> None:
     if not pixels:
         raise UserError("model.connector normalise 'data' needs images to train on, and there are none")
     device = dist.device()
-    tower = assembled.model.vision.to(device)
+    assembled.model.vision.to(device)
     batches = []
     with (
         torch.no_grad(),
@@ -49,7 +49,6 @@ def calibrate(assembled: Assembled, reader: Reader, plan: Plan) -> None:
         for start in range(0, len(pixels), AT_ONCE):
             several = [torch.from_numpy(one) for one in pixels[start : start + AT_ONCE]]
             batches.append(assembled.model.features(torch.stack(several).to(device)))
-    assert tower is assembled.model.vision
     gather.to(device).calibrate([torch.cat(layers) for layers in zip(*batches, strict=True)])
 
 
