@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ class Conversion:
     def lose(self, key: str, reason: str | BadSample) -> None:
         """One entry of the source makes no sample, and why."""
         self.account.lose(key, reason)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A sample yet to be made, cheap to send to a writer process: `function(*arguments)` gives its members.
+
+    Attributes:
+        key: the sample's key.
+        function: of a module's top level; returns `{extension: content}`, or raises BadSample, which
+            is entered in the account under the key.
+        arguments: paths, numbers and records; no file contents.
+    """
+
+    key: str
+    function: Callable[..., Mapping[str, Any]]
+    arguments: tuple[Any, ...] = ()
 
 
 def image_extension(data: bytes) -> str | None:
