@@ -186,9 +186,10 @@ def test_collate(tokenizer: Any) -> None:
     assert batch.ids_BT.shape == (2, -(-longest // 8) * 8) and batch.plain
     assert batch.tokens == sum(map(len, rows)) and batch.keys == ("key", "key") and batch.samples == 2
     assert batch.pixels_ICHW[:, 0, 0, 0].tolist() == [9, 0, 1]
-    assert (batch.ids_BT.flatten()[batch.image_positions_IK] == FILLER_ID).all()
+    assert (batch.ids_BT.flatten()[batch.image_positions_K] == FILLER_ID).all()
     length = batch.ids_BT.shape[1]
-    assert (batch.image_positions_IK[1:] >= length).all() and (batch.image_positions_IK[0] < length).all()
+    assert (batch.image_positions_K[K:] >= length).all() and (batch.image_positions_K[:K] < length).all()
+    assert batch.image_lengths_I.tolist() == [K, K, K]
     assert batch.ids_BT.flatten()[batch.predict_from_N + 1].tolist() == batch.targets_N.tolist()
     assert batch.writers_BW.tolist() == [[len(rows[0]) - 1], [len(rows[1]) - 1]]
 
@@ -204,7 +205,11 @@ def test_collate_of_nothing() -> None:
     batch = collate([], (4, 6), K, state_size=2)
     assert batch.ids_BT.shape == (1, 1) and batch.tokens == 0 and batch.plain and batch.samples == 0
     assert batch.pixels_ICHW.shape == (1, 3, 4, 6) and batch.pixels_ICHW.sum() == 0
-    assert batch.image_positions_IK.shape == (0, K) and batch.states_SF.shape == (0, 2)
+    assert (
+        batch.image_positions_K.shape == (0,)
+        and len(batch.image_lengths_I) == 0
+        and batch.states_SF.shape == (0, 2)
+    )
     assert len(batch.targets_N) == 0 and collate([], (4, 6), K, seq2seq=True).decoder_ids_BU.shape == (1, 1)
 
 

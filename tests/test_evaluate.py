@@ -42,7 +42,8 @@ class Grey:
     def inputs(self, batch):
         """Grey value of each row; -1 where it has no image."""
         greys = torch.full((len(batch.ids_BT),), -1.0)
-        rows = batch.image_positions_IK[:, 0] // batch.ids_BT.shape[1]
+        starts = batch.image_lengths_I.cumsum(0) - batch.image_lengths_I
+        rows = batch.image_positions_K[starts] // batch.ids_BT.shape[1]
         greys[rows] = batch.pixels_ICHW[: len(rows)].float().mean((1, 2, 3))
         return batch, greys
 

@@ -100,7 +100,7 @@ def test_without_images_every_part_takes_part(tmp_path: Path) -> None:
     """Text alone: the stand-in changes nothing, and connector and tower get gradients of zero, not none."""
     ours = rows.assemble(tiny.vit(tmp_path / "v"), tiny.llama(tmp_path / "l"), state_size=2)
     batch = rows.batch(ours, [rows.conversation(ours, "no", "yes")])
-    assert len(batch.pixels_ICHW) == 1 and not len(batch.image_positions_IK)
+    assert len(batch.pixels_ICHW) == 1 and not len(batch.image_positions_K)
     total, _ = ours.model(batch)
     total.backward()
     for name, parameter in ours.model.named_parameters():

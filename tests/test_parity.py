@@ -68,7 +68,7 @@ def save_parts(whole: Any, language: Any, folder: Path) -> None:
 def compare(ours: Any, whole: Any, batch: Any, **more: Tensor) -> None:
     """Logits at every token and the mean loss."""
     ids_BT = batch.ids_BT.clone()
-    ids_BT.view(-1)[batch.image_positions_IK.flatten()] = whole.config.image_token_id
+    ids_BT.view(-1)[batch.image_positions_K.flatten()] = whole.config.image_token_id
     valid_BT = batch.documents_BT > 0
     with torch.no_grad():
         theirs = whole(

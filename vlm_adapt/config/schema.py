@@ -74,12 +74,41 @@ class Adapt(OpenSection):
     learning_rate: float | None = Field(None, gt=0)
 
 
+class Task(OpenSection):
+    """A transform of samples, from the table of tasks; further keys are the task's own settings."""
+
+    name: str
+
+
+class Keep(Section):
+    """Which samples stay, by their scores: those between two quantiles."""
+
+    scores: str = Field(description="the file that `vlm-adapt scores` wrote")
+    by: str = Field("el2n", description="which of its scores")
+    lowest: float = Field(0.0, ge=0, le=1, description="quantile below which samples are left out")
+    highest: float = Field(1.0, ge=0, le=1, description="quantile above which samples are left out")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Keep:
+        if self.lowest >= self.highest:
+            raise ValueError(f"lowest {self.lowest} must be below highest {self.highest}")
+        return self
+
+
 class Source(Section):
     """Shards, and how their samples are phrased."""
 
     shards: str | tuple[str, ...]
-    weight: float = Field(1.0, gt=0, description="how often each sample comes in an epoch")
+    name: str | None = Field(None, description="what the journal calls it")
+    weight: float = Field(
+        1.0, gt=0, description="how often each sample comes in an epoch, or the share (data.mixing)"
+    )
     limit: int | None = Field(None, gt=0, description="only the first so many samples")
+    task: Task | None = Field(None, description="what is made of each sample")
+    keep: Keep | None = Field(None, description="only samples whose scores lie in a range")
+    max_refused: float | None = Field(
+        None, ge=0, le=1, description="share of this source's bad samples that stops the run"
+    )
     prompt: str = Field("Describe the image.", description="asked of samples that hold captions")
     questions_per_image: int | None = Field(
         None, gt=0, description="of several questions on an image, how many are drawn an epoch"
@@ -97,8 +126,29 @@ class Data(Section):
     workers: int = Field(0, ge=0)
     lanes: int = Field(64, gt=0)
     shuffle: bool = True
+    shuffle_window: int | None = Field(
+        None, gt=0, description="shuffle so many samples of a lane at a time; None: all, remote shards 4096"
+    )
+    mixing: Literal["size", "weight"] = Field(
+        "size", description="a source's share: its size times its weight, or its weight alone"
+    )
+    epoch_ends: Literal["first", "last"] = Field(
+        "last", description="with mixing by weight: when the first, or the last source was seen whole"
+    )
+    epoch_samples: int | None = Field(
+        None, gt=0, description="an epoch has so many samples, in the same shares"
+    )
+    batching: Literal["padded", "bucketed", "packed"] = Field(
+        "padded", description="a sample a row; rows of like length together; or several samples a row"
+    )
+    row_length: int | None = Field(None, gt=8, description="tokens of a packed row; None is max_length")
     max_pixels: int = Field(100_000_000, gt=0, description="larger images are refused")
     max_refused: float = Field(0.1, ge=0, le=1, description="share of bad samples that stops the run")
+    max_refused_in_a_row: int = Field(
+        200, gt=0, description="bad samples one after another, of a source and rank, that stop the run"
+    )
+    cache_dir: str | None = Field(None, description="keeps indexes, and what was read of remote shards")
+    cache_gb: float = Field(50.0, ge=0, description="the most it may take; the least used goes first")
 
     @field_validator("train", "evaluate", mode="before")
     @classmethod

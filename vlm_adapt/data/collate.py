@@ -1,14 +1,14 @@
 """Rows put together into a Batch of tensors, and a Batch moved to its device.
 
-Knows padding and flat positions; knows nothing about models. Pixels stay uint8 until they are on the
-device.
+Knows padding, documents of a row and flat positions; knows nothing about models. Pixels stay uint8
+until they are on the device.
 
-    B rows, T positions, N targets, I images, K tokens an image, S states, U decoder positions
+    B rows, T positions, N targets, I images, K tokens of all images, S states, U decoder positions
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -32,11 +32,12 @@ class Batch:
         plain: every row is one causal text padded on the right: no mask is needed.
         predict_from_N, targets_N: flat positions of predicting states, and the ids they predict.
         pixels_ICHW: uint8; ONE zero image when there is none, so that every rank runs its tower.
-        image_positions_IK: flat positions in [B*T] of each image's tokens; empty when there is none.
+        image_positions_K: flat positions in [B*T] of the images' tokens; empty when there is none.
+        image_lengths_I: how many tokens each image takes; empty when there is none.
         states_SF, state_positions_S: state vectors and their flat positions.
         decoder_ids_BU: for encoder-decoders.
         writers_BW: where answers begin after prompts: each branch's last token; -1 where a row has fewer.
-        keys: the samples' keys, a row each.
+        keys: the samples' keys, document after document.
         samples: how many samples of the stream went in (a sample may make several rows).
     """
 
@@ -49,7 +50,8 @@ class Batch:
     predict_from_N: Tensor
     targets_N: Tensor
     pixels_ICHW: Tensor
-    image_positions_IK: Tensor
+    image_positions_K: Tensor
+    image_lengths_I: Tensor
     states_SF: Tensor
     state_positions_S: Tensor
     decoder_ids_BU: Tensor | None = None
@@ -57,14 +59,21 @@ class Batch:
     keys: tuple[str, ...] = ()
     samples: int = 0
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        moved: dict[str, Any] = {}
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=True)
-        return replace(self, **moved)
+                changed[field.name] = change(value)
+        return replace(self, **changed)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from where a GPU takes it without waiting."""
+        return self._each(lambda tensor: tensor.pin_memory())
 
     @property
     def tokens(self) -> int:
@@ -73,48 +82,66 @@ class Batch:
 
 
 def collate(
-    rows: Sequence[Encoded],
+    rows: Sequence[Encoded | Sequence[Encoded]],
     image_size: tuple[int, int],
     tokens_per_image: int,
     state_size: int = 0,
     multiple: int = 1,
     samples: int | None = None,
     seq2seq: bool = False,
+    length: int = 0,
 ) -> Batch:
     """Put rows together; no rows at all give one row of padding that a rank can still run.
 
     Args:
+        rows: each one text, or several that share the row without seeing each other.
         image_size: (height, width), for the stand-in when no row has an image.
+        tokens_per_image: of that stand-in.
         multiple: T is rounded up to this.
         samples: what `Batch.samples` says; by default the number of rows.
+        length: the least T (packed rows keep one shape, which compilers and GPUs like).
+
+    Raises:
+        ValueError: texts of an encoder-decoder cannot share a row.
     """
-    count = max(1, len(rows))
-    longest = max((len(row) for row in rows), default=1)
-    length = -(-longest // multiple) * multiple
+    texts = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
+    if seq2seq and any(len(row) > 1 for row in texts):
+        raise ValueError("rows of an encoder-decoder hold one text each")
+    count = max(1, len(texts))
+    longest = max((sum(map(len, row)) for row in texts), default=1)
+    length = -(-max(1, longest, length) // multiple) * multiple
     grids = {name: np.zeros((count, length), np.int64) for name in ("ids", "blocks", "branches", "positions")}
     grids["ids"][:] = FILLER_ID
     documents = np.zeros((count, length), np.int64)
     predict_from, targets, images, positions = [], [], [], []
-    states, state_positions = [], []
-    decoder_length = max((len(row.decoder_ids) for row in rows if row.decoder_ids is not None), default=1)
+    states, state_positions, lengths = [], [], []
+    decoder_length = max(
+        (len(t.decoder_ids) for row in texts for t in row if t.decoder_ids is not None), default=1
+    )
     decoder = np.zeros((count, decoder_length), np.int64) if seq2seq else None
-    for number, row in enumerate(rows):
-        place = slice(0, len(row))
-        documents[number, place] = 1
-        for name, grid in grids.items():
-            grid[number, place] = getattr(row, name)
-        offset = number * length
-        if decoder is not None and row.decoder_ids is not None:
-            decoder[number, : len(row.decoder_ids)] = row.decoder_ids
-            predict_from.append(row.predict_from + number * decoder_length)
-        else:
-            predict_from.append(row.predict_from + offset)
-        targets.append(row.targets)
-        for image_start, index in zip(row.image_starts, row.image_order, strict=True):
-            images.append(row.pixels[index])
-            positions.append(np.arange(tokens_per_image) + image_start + offset)
-        states.append(row.states)
-        state_positions.append(row.state_starts + offset)
+    for number, row in enumerate(texts):
+        start = 0
+        for document, text in enumerate(row, 1):
+            place = slice(start, start + len(text))
+            documents[number, place] = document
+            for name, grid in grids.items():
+                grid[number, place] = getattr(text, name)
+            offset = number * length + start
+            if decoder is not None and text.decoder_ids is not None:
+                decoder[number, : len(text.decoder_ids)] = text.decoder_ids
+                predict_from.append(text.predict_from + number * decoder_length)
+            else:
+                predict_from.append(text.predict_from + offset)
+            targets.append(text.targets)
+            for image_start, index, taken in zip(
+                text.image_starts, text.image_order, text.image_lengths, strict=True
+            ):
+                images.append(text.pixels[index])
+                positions.append(np.arange(taken) + image_start + offset)
+                lengths.append(taken)
+            states.append(text.states)
+            state_positions.append(text.state_starts + offset)
+            start = place.stop
     stand_in = [np.zeros((3, *image_size), np.uint8)]
     return Batch(
         ids_BT=torch.from_numpy(grids["ids"]),
@@ -122,26 +149,26 @@ def collate(
         blocks_BT=torch.from_numpy(grids["blocks"]),
         branches_BT=torch.from_numpy(grids["branches"]),
         positions_BT=torch.from_numpy(grids["positions"]),
-        plain=all(row.plain for row in rows),
+        plain=all(len(row) <= 1 and all(text.plain for text in row) for row in texts),
         predict_from_N=torch.from_numpy(_joined(predict_from)),
         targets_N=torch.from_numpy(_joined(targets)),
         pixels_ICHW=torch.from_numpy(np.stack(images or stand_in)),
-        image_positions_IK=torch.from_numpy(
-            np.stack(positions) if positions else np.zeros((0, tokens_per_image), np.int64)
-        ),
+        image_positions_K=torch.from_numpy(_joined(positions)),
+        image_lengths_I=torch.from_numpy(np.array(lengths, np.int64)),
         states_SF=torch.from_numpy(
             np.concatenate(states) if states else np.zeros((0, state_size), np.float32)
         ),
         state_positions_S=torch.from_numpy(_joined(state_positions)),
         decoder_ids_BU=None if decoder is None else torch.from_numpy(decoder),
-        writers_BW=torch.from_numpy(_writers(rows)),
-        keys=tuple(row.key for row in rows),
+        writers_BW=torch.from_numpy(_writers(texts)),
+        keys=tuple(text.key for row in texts for text in row),
         samples=len(rows) if samples is None else samples,
     )
 
 
-def _writers(rows: Sequence[Encoded]) -> np.ndarray:
-    ends = [row.ends() for row in rows] or [[0]]
+def _writers(texts: Sequence[Sequence[Encoded]]) -> np.ndarray:
+    """Where answers begin; of rows with one text only, since packed rows are not written after."""
+    ends = [row[0].ends() if len(row) == 1 else [0] for row in texts] or [[0]]
     writers = np.full((len(ends), max(len(end) for end in ends)), -1, np.int64)
     for number, end in enumerate(ends):
         writers[number, : len(end)] = end

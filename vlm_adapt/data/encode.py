@@ -33,6 +33,7 @@ class Encoded:
         targets: [N] ids to predict.
         image_starts: [I] where each image's tokens begin, in reading order.
         image_order: [I] which of the sample's images each is.
+        image_lengths: [I] how many tokens each takes.
         state_starts: [S] where state tokens sit; `states` [S, F] their values.
         decoder_ids: [U] what the decoder reads; None for causal languages.
         cut: turns and branches left out because the row would be too long.
@@ -51,6 +52,7 @@ class Encoded:
     states: np.ndarray
     decoder_ids: np.ndarray | None = None
     cut: int = 0
+    image_lengths: list[int] = field(default_factory=list)
     pixels: list[np.ndarray] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -108,11 +110,13 @@ class Encoder:
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def encode(self, sentence: Sentence, images: int, key: str, learn: bool = True) -> Encoded:
+    def encode(
+        self, sentence: Sentence, images: int | Sequence[int], key: str, learn: bool = True
+    ) -> Encoded:
         """Encode one sentence.
 
         Args:
-            images: how many images the sample carries.
+            images: how many images the sample carries, or how many tokens each of them takes.
             key: the sample's key, for messages and the account.
             learn: whether something must be learned (training), or a prompt is enough.
 
@@ -120,8 +124,9 @@ class Encoder:
             UserError: placeholders and images disagree (both numbers are named).
             BadSample: one turn alone is too long, or nothing is learned.
         """
-        check_images(sentence, images, key)
-        row, cut = self._write(sentence), 0
+        lengths = [self.tokens_per_image] * images if isinstance(images, int) else list(images)
+        check_images(sentence, len(lengths), key)
+        row, cut = self._write(sentence, lengths), 0
         while row.length() > self.max_length:
             shorter = self._shorter(sentence)
             if shorter is None:
@@ -129,7 +134,7 @@ class Encoder:
                     "one turn alone is too long", f"{row.length()} tokens, max_length {self.max_length}"
                 )
             sentence, cut = shorter, cut + 1
-            row = self._write(sentence)
+            row = self._write(sentence, lengths)
         if learn and not row.targets:
             raise BadSample("nothing in it is learned: it has no answer")
         return row.finish(key, cut, self.state_size)
@@ -142,7 +147,7 @@ class Encoder:
             return Sentence(tuple(s for s in sentence if s.branch < last_branch))
         return sentence.first_turns(sentence.turns - 1) if sentence.turns > 1 else None
 
-    def _write(self, sentence: Sentence) -> _Row:
+    def _write(self, sentence: Sentence, lengths: Sequence[int]) -> _Row:
         row = _Row()
         segments: Sequence[Any] = sentence.segments
         prompt = len(segments)
@@ -157,7 +162,8 @@ class Encoder:
             elif isinstance(segment, Image):
                 row.image_starts.append(len(row.ids))
                 row.image_order.append(segment.index)
-                row.add([FILLER_ID] * self.tokens_per_image, segment.branch, segment.causal, False)
+                row.image_lengths.append(lengths[segment.index])
+                row.add([FILLER_ID] * lengths[segment.index], segment.branch, segment.causal, False)
             elif isinstance(segment, State):
                 if len(segment.values) != self.state_size:
                     numbers = f"{len(segment.values)} numbers, model.state_size is {self.state_size}"
@@ -197,6 +203,7 @@ class _Row:
         self.targets: list[int] = []
         self.image_starts: list[int] = []
         self.image_order: list[int] = []
+        self.image_lengths: list[int] = []
         self.state_starts: list[int] = []
         self.states: list[Sequence[float]] = []
         self.decoder_ids: list[int] | None = None
@@ -233,6 +240,7 @@ class _Row:
             targets=np.array(self.targets, whole),
             image_starts=np.array(self.image_starts, whole),
             image_order=self.image_order,
+            image_lengths=self.image_lengths,
             state_starts=np.array(self.state_starts, whole),
             states=np.array(self.states, np.float32).reshape(len(self.states), state_size),
             decoder_ids=None if self.decoder_ids is None else np.array(self.decoder_ids, whole),

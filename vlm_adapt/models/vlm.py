@@ -75,7 +75,7 @@ class VisionLanguageModel(nn.Module):
         """Steps 1 to 4: everything before the language."""
         embeds_BTD = self.language.embed(batch.ids_BT).to(self.compute_dtype)
         tokens_NKD = self.image_tokens(batch.pixels_ICHW)
-        embeds_BTD = splice(embeds_BTD, tokens_NKD.flatten(0, 1), batch.image_positions_IK.flatten())
+        embeds_BTD = splice(embeds_BTD, tokens_NKD.flatten(0, 1), batch.image_positions_K)
         if self.state_projector is not None:
             states_SF = batch.states_SF
             if not len(states_SF):

@@ -38,14 +38,21 @@ def embedding(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     tokens_NKD = model.image_tokens(batch.pixels_ICHW).float()
     unused = tokens_NKD.sum() * 0
-    row_of_I = batch.image_positions_IK[:, 0] // width
-    counts_B = torch.bincount(row_of_I, minlength=rows)
-    images = len(row_of_I)
-    pooled_BD = torch.zeros(rows, tokens_NKD.shape[-1], device=tokens_NKD.device)
-    pooled_BD = pooled_BD.index_add(0, row_of_I, tokens_NKD[:images].mean(1))
+    # A text is its document's place in the batch: packed rows hold several.
+    documents = int(batch.documents_BT.max()) if per_row == width else 1
+    text_of_BT = (
+        batch.documents_BT.clamp_min(1) - 1 + torch.arange(rows, device=center_D.device)[:, None] * documents
+    )
+    texts = rows * documents
+    row_of_K = text_of_BT.flatten()[batch.image_positions_K]
+    counts_B = torch.bincount(row_of_K, minlength=texts)
+    pooled_BD = torch.zeros(texts, tokens_NKD.shape[-1], device=tokens_NKD.device)
+    pooled_BD = pooled_BD.index_add(0, row_of_K, tokens_NKD.flatten(0, 1)[: len(row_of_K)])
     pooled_BD = pooled_BD / counts_B.clamp_min(1)[:, None] - center_D
 
     row_of_N = batch.predict_from_N // per_row
+    if per_row == width:
+        row_of_N = text_of_BT.flatten()[batch.predict_from_N]
     weights_N = torch.log1p(batch.targets_N.float()) / torch.log(torch.tensor(float(vocabulary)))
     stops = torch.tensor(sorted(model.stop_ids), device=weights_N.device, dtype=batch.targets_N.dtype)
     weights_N = weights_N * ~torch.isin(batch.targets_N, stops)
