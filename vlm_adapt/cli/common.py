@@ -5,6 +5,10 @@ Knows arguments and wording; knows no verb. Imports nothing heavy: `--help` answ
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +20,8 @@ from vlm_adapt.errors import UserError
 
 if TYPE_CHECKING:
     from vlm_adapt.config.schema import Run
+
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 class Verbs(TyperGroup):
@@ -74,3 +80,49 @@ def located(value: str) -> str:
 def print_refused(figures: dict[str, Any]) -> None:
     for reason, times in figures["refused"].items():
         print(f"refused {times:,} x {reason}: {', '.join(figures['examples'].get(reason, []))}")
+
+
+@contextmanager
+def counting(what: str, total: int, unit: str = "samples") -> Iterator[Callable[[int], None]]:
+    """A bar with rate and time left on a terminal, a line every few seconds elsewhere.
+
+    Yields a function that is called with how many are done.
+    """
+    started = printed = time.monotonic()
+    if not sys.stderr.isatty():
+
+        def line(done: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if now - printed >= LINE_EVERY:
+                printed = now
+                rate = done / (now - started)
+                left = f"{(total - done) / max(rate, 1e-9):.0f} s left"
+                text = f"{what}: {done:,} of {total:,} {unit}, {rate:,.0f} {unit}/s, {left}"
+                print(text, file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:,.0f} " + unit + "/s"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    # No thread of its own: processes are forked while the bar is shown.
+    with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate=0.0)
+
+        def draw(done: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if now - printed >= 0.1 or done == total:
+                printed = now
+                bar.update(task, completed=done, rate=done / max(now - started, 1e-9), refresh=True)
+
+        yield draw

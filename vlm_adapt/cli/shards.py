@@ -5,17 +5,23 @@ Knows arguments, exit codes and wording; knows nothing of how anything is done (
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vlm_adapt.cli.common import STYLE, located, print_refused
+from vlm_adapt.cli.common import STYLE, checked_run, counting, located, print_refused
 from vlm_adapt.errors import UserError
+from vlm_adapt.exits import INTERRUPTED
 
 shards = typer.Typer(help="Write and look into shards of samples.", **STYLE)
+Pattern = Annotated[str, typer.Argument(metavar="SHARDS", help="A .tar, a folder, or a-{000..031}.tar.")]
+RunConfig = Annotated[
+    Path | None, typer.Option("--config", help="Also as this run would read them (no weights are loaded).")
+]
 
 
 @shards.command("write")
@@ -71,9 +77,50 @@ def shards_write(
     print_refused(done)
 
 
+@shards.command("lint")
+def shards_lint(
+    pattern: Pattern,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; all cores by default.")] = None,
+    config: RunConfig = None,
+    output: Annotated[Path | None, typer.Option(help="Write every key and reason into this JSON.")] = None,
+) -> int:
+    """Read and decode every sample, and name all that training would refuse; 1 if there is any."""
+    run = checked_run(config, [], train=False, evaluate=False) if config else None
+    from vlm_adapt.data.lint import lint, open_sets
+    from vlm_adapt.data.write import write_json
+
+    sets, findings = open_sets(pattern)
+    more: dict[str, Any] = {}
+    if run is not None and sets:
+        from vlm_adapt.report.feed import open_feed
+
+        feed = open_feed(run, [index.path for one in sets for index in one.indexes])
+        more = {"reader": feed.reader, "max_pixels": run.data.max_pixels}
+    total = sum(len(one) for one in sets)
+    with counting("lint", total) as tick:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        found = lint(sets, findings, count if workers is None else workers, tick=tick, **more)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, found.to_dict())
+    for name, account in (("problem", found.account), ("truncated", found.shortened)):
+        for reason, times in sorted(account.refused.items(), key=lambda one: -one[1]):
+            print(f"{name}: {times:,} x {reason}: {', '.join(account.examples[reason][:3])}")
+    for name, times in found.unread.most_common():
+        print(f"not read: {times:,} x .{name}: the schema has no such member")
+    clean = not found.findings
+    seen = f"{found.checked:,} samples in {found.shards:,} shard(s)"
+    if not found.complete:
+        seen = f"PARTIAL, stopped after {found.checked:,} of {found.samples:,} samples"
+    print(f"{seen}: {'no problem' if clean else f'{len(found.findings):,} problem(s)'}")
+    if output is not None:
+        print(f"report: {output}")
+    return INTERRUPTED if not found.complete else 0 if clean else 1
+
+
 @shards.command("inspect")
 def shards_inspect(
-    pattern: Annotated[str, typer.Argument(metavar="SHARDS", help="A .tar, a folder, or a-{000..031}.tar.")],
+    pattern: Pattern,
     output: Annotated[Path | None, typer.Option(help="Also draw samples into this PNG.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 24,
     seed: Annotated[int, typer.Option(help="Which ones are drawn.")] = 0,
