@@ -5,10 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vlm_adapt.data.lanes import LaneCursor, Plan, Source, shuffled
+from vlm_adapt.data.lanes import LaneCursor, Plan, Source, mixed, shuffled
 from vlm_adapt.errors import UserError
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
@@ -82,24 +82,62 @@ def test_a_window_keeps_a_reader_near_one_place():
 
 
 @settings(max_examples=80, deadline=None)
-@given(COUNTS, COUNTS, st.floats(0, 3.5), st.floats(0.3, 2.0), LANES, st.booleans())
+@given(COUNTS, COUNTS, st.floats(0, 3.5), st.floats(0.5, 2.0), LANES, st.booleans())
 def test_weights(first, second, one, two, lanes, shuffle):
-    plan = Plan([Source(tuple(first), one), Source(tuple(second), two)], 5, lanes, shuffle)
-    begin = 0
-    shown = Counter(plan.order(3).tolist())
-    for counts, weight in ((first, one), (second, two)):
-        total = sum(counts)
-        times = [shown[i] for i in range(begin, begin + total)]
-        assert set(times) <= {int(weight), int(weight) + 1}
-        assert sum(times) == int(weight) * total + round((weight - int(weight)) * total)
-        begin += total
-    assert sum(shown.values()) == len(plan)
+    sources = [Source(tuple(first), one), Source(tuple(second), two)]
+    assume(sum(source.shown for source in sources))
+    plan = Plan(sources, 5, lanes, shuffle)
+    shown: Counter[int] = Counter()
+    for epoch in range(4):
+        order = plan.order(epoch).tolist()
+        assert len(order) == len(plan)
+        shown.update(order)
+        begin = 0
+        for source, counts, weight in zip(sources, (first, second), (one, two), strict=True):
+            total = sum(counts)
+            times = [shown[i] for i in range(begin, begin + total)]
+            part = int(weight) * total + round((weight - int(weight)) * total)
+            assert sum(times) == part * (epoch + 1) == source.shown * (epoch + 1)
+            # No sample comes again before all have come.
+            assert max(times) - min(times) <= 1
+            begin += total
 
 
-def test_a_half_is_another_half_each_epoch():
+def test_two_epochs_show_both_halves():
     plan = Plan([Source((60, 40), 0.5)])
     halves = [frozenset(plan.order(epoch).tolist()) for epoch in range(4)]
     assert all(len(half) == 50 for half in halves) and len(set(halves)) == 4
+    assert halves[0] | halves[1] == halves[2] | halves[3] == set(range(100))
+
+
+def test_every_lane_gets_its_share_of_every_source():
+    plan = Plan([Source((1000,)), Source((10, 190)), Source((50,), 2.0)], seed=3, lanes=8)
+    for lane in range(8):
+        ids = plan.lane(1, lane)
+        shares = np.histogram(ids, [0, 1000, 1200, 1250])[0]
+        assert np.abs(shares - np.array([125, 25, 12.5])).max() <= 1
+        assert len(ids) == plan.size(lane)
+    # And so does every stretch of the stream, to within chance.
+    order = plan.order(0)
+    windows = (order[: 1300 // 100 * 100].reshape(-1, 100) < 1000).mean(1)
+    assert abs(windows.mean() - 1000 / 1300) < 0.02 and windows.std() < 0.06
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_mixing_by_weight(window):
+    sources = [Source((900,), 3.0), Source((100, 50), 1.0)]
+    first = mixed(sources, "weight", "first")
+    assert [source.shown for source in first] == [450, 150]  # the small source was seen whole
+    last = mixed(sources, "weight", "last")
+    assert [source.shown for source in last] == [900, 300]  # the large one was, and the small one twice
+    plan = Plan(last, seed=1, window=window)
+    shown = Counter(plan.order(0).tolist())
+    assert {shown[i] for i in range(900)} == {1} and {shown[i] for i in range(900, 1050)} == {2}
+    assert [source.shown for source in mixed(sources, "weight", "last", 1001)] == [751, 250]
+    by_size = mixed(sources, "size", "last", 285)
+    assert [source.shown for source in by_size] == [270, 15]  # 2700 to 150
+    assert mixed(sources, "size") == sources
+    assert [s.shown for s in mixed([*sources, Source(())], "weight", "first")] == [450, 150, 0]
 
 
 def test_end_of_an_epoch():

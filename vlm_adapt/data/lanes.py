@@ -3,9 +3,9 @@
 Knows numbers of samples and how to permute them; knows nothing about files, ranks or workers. Nothing
 here depends on how many processes read, so the stream of samples is the same for one or for many.
 
-    shards, permuted:   [ 7 ][ 2 ][ 9 ][ 0 ] ...          one row of samples
-    lanes:              |---0---|---1---|--- ... ---|     cut at samples, equal to within one
-    within a lane:      shuffled, whole or in windows
+    shards, permuted:   [ 7 ][ 2 ][ 9 ][ 0 ] ...          a row of samples for each source
+    lanes:              |---0---|---1---|--- ... ---|     every lane gets its part of every source
+    within a lane:      sources mixed, shuffled, whole or in windows
     the stream:         lane 0, 1, ..., L-1, 0, 1, ...    position p is item p // L of lane p % L
 
 The shuffles sort raw 64-bit Philox output (its stream is fixed by its paper, Salmon et al. 2011, and
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,14 +37,60 @@ def shuffled(count: int, *words: int | str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Source:
-    """The shards of one source, by their counts of samples, and how often an epoch shows each sample.
+    """The shards of one source, by their counts of samples, and how much of it an epoch shows.
 
-    A weight of 2.0 shows each sample twice an epoch, 0.5 a random half of them (another half, drawn
-    independently, the next epoch), 2.5 each twice and a random half a third time.
+    A weight of 2.0 shows each sample twice an epoch, 0.5 a random half of them and the other half the
+    next epoch: no sample comes again before all have come.
+
+    Attributes:
+        samples: how many an epoch shows, if that is not to follow from the weight.
     """
 
     counts: tuple[int, ...]
     weight: float = 1.0
+    samples: int | None = None
+
+    @property
+    def shown(self) -> int:
+        """Samples of this source in an epoch."""
+        total = sum(self.counts)
+        if self.samples is not None:
+            return self.samples if total else 0
+        whole = int(self.weight)
+        return whole * total + round((self.weight - whole) * total)
+
+
+def mixed(
+    sources: Sequence[Source],
+    mixing: str = "size",
+    epoch_ends: str = "last",
+    epoch_samples: int | None = None,
+) -> list[Source]:
+    """Sources with the number of samples that each of them gives to an epoch.
+
+    Args:
+        sources: their weights say how often each sample comes (`mixing` "size"), or which share of
+            the epoch the source has ("weight").
+        epoch_ends: with "weight", when the "first" source, or the "last", has been seen whole.
+        epoch_samples: as many in all, in the same shares (largest remainders).
+    """
+    sizes = [sum(source.counts) for source in sources]
+    parts = [
+        source.weight * (size if mixing == "size" else float(size > 0))
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+    if (mixing == "size" and epoch_samples is None) or not sum(parts):
+        return list(sources)
+    shares = [part / sum(parts) for part in parts]
+    if epoch_samples is None:
+        needed = [size / share for size, share in zip(sizes, shares, strict=True) if share]
+        epoch_samples = round(min(needed) if epoch_ends == "first" else max(needed))
+    exact = [share * epoch_samples for share in shares]
+    given = [int(value) for value in exact]
+    by_rest = sorted(range(len(exact)), key=lambda number: (given[number] - exact[number], number))
+    for number in by_rest[: epoch_samples - sum(given)]:
+        given[number] += 1
+    return [replace(source, samples=samples) for source, samples in zip(sources, given, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -90,18 +136,11 @@ class Plan:
             if not (0 <= source.weight < float("inf")):
                 raise UserError(f"the weight of a source is {source.weight}: give a number of 0 or more")
         self.seed, self.lanes, self.shuffle, self.window = seed, lanes, shuffle, window
-        self.samples = sum(self._shown(source) for source in self.sources)
+        self.samples = sum(source.shown for source in self.sources)
         if self.samples == 0:
             raise UserError("an epoch would have no samples: the shards are empty or their weights are 0")
-        self._rows: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._rows: OrderedDict[int, list[np.ndarray]] = OrderedDict()
         self._lanes: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-
-    @staticmethod
-    def _shown(source: Source) -> int:
-        """Samples of a source in an epoch."""
-        total = sum(source.counts)
-        copies = int(source.weight)
-        return copies * total + round((source.weight - copies) * total)
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -115,43 +154,80 @@ class Plan:
         words = (self.sources, self.seed, self.lanes, self.shuffle, self.window)
         return hashlib.blake2b(repr(words).encode(), digest_size=8).hexdigest()
 
-    def _row(self, epoch: int) -> np.ndarray:
-        """The sample ids of an epoch, shard after permuted shard. int64 [samples]"""
+    def _row(self, epoch: int) -> list[np.ndarray]:
+        """The sample ids of an epoch, for each source shard after permuted shard. int64 [shown]"""
         if epoch not in self._rows:
-            pieces: list[np.ndarray] = []
-            start = 0
+            rows, start = [], 0
             for number, source in enumerate(self.sources):
-                ends = start + np.cumsum([0, *source.counts], dtype=np.int64)
-                shards = [np.arange(low, high) for low, high in zip(ends[:-1], ends[1:], strict=True)]
-                copies, total = int(source.weight), int(ends[-1]) - start
-                extra = self._shown(source) - copies * total
-                pieces.extend(shards * copies)
-                if extra:
-                    drawn = start + shuffled(total, self.seed, epoch, number, "fraction")[:extra]
-                    pieces.extend(np.split(np.sort(drawn), np.searchsorted(np.sort(drawn), ends[1:-1])))
-                start = int(ends[-1])
-            if self.shuffle:
-                pieces = [pieces[place] for place in shuffled(len(pieces), self.seed, epoch, "shards")]
-            self._rows[epoch] = np.concatenate(pieces)
+                pieces = self._pieces(source, number, epoch, start)
+                if self.shuffle:
+                    words = ("shards", number) if number else ("shards",)
+                    order = shuffled(len(pieces), self.seed, epoch, *words)
+                    pieces = [pieces[place] for place in order]
+                rows.append(np.concatenate(pieces) if pieces else np.zeros(0, np.int64))
+                start += sum(source.counts)
+            self._rows[epoch] = rows
             while len(self._rows) > 2:  # the end of one epoch and the start of the next
                 self._rows.popitem(last=False)
         return self._rows[epoch]
 
+    def _pieces(self, source: Source, number: int, epoch: int, start: int) -> list[np.ndarray]:
+        """What an epoch shows of a source, cut at shards: the next samples of an endless row of passes."""
+        total, shown = sum(source.counts), source.shown
+        ends = start + np.cumsum([0, *source.counts], dtype=np.int64)
+        pieces: list[np.ndarray] = []
+        begin = epoch * shown
+        for turn in range(begin // total, -(-(begin + shown) // total)) if total else ():
+            low, high = max(begin - turn * total, 0), min(begin + shown - turn * total, total)
+            if (low, high) == (0, total):
+                pieces += [np.arange(first, last) for first, last in zip(ends[:-1], ends[1:], strict=True)]
+                continue
+            drawn = np.sort(start + shuffled(total, self.seed, number, turn, "pass")[low:high])
+            pieces += np.split(drawn, np.searchsorted(drawn, ends[1:-1]))
+        return pieces
+
+    def size(self, lane: int) -> int:
+        """Samples of a lane in an epoch: the same in all epochs, and in all lanes to within one."""
+        return self.samples // self.lanes + (lane < self.samples % self.lanes)
+
     def lane(self, epoch: int, lane: int) -> np.ndarray:
-        """The sample ids that a lane yields in an epoch, in order. int64 [n or n + 1]"""
+        """The sample ids that a lane yields in an epoch, in order. int64 [size(lane)]"""
         if not self.shuffle:
-            return self._row(epoch)[lane :: self.lanes]
+            return np.concatenate(self._row(epoch))[lane :: self.lanes]
         place = (epoch, lane)
         if place not in self._lanes:
-            size, more = divmod(self.samples, self.lanes)
-            begin = lane * size + min(lane, more)
-            run = self._row(epoch)[begin : begin + size + (lane < more)]
-            self._lanes[place] = run[self._within(len(run), epoch, lane)]
+            self._lanes[place] = self._mixed(self._parts(epoch, lane), epoch, lane)
             while len(self._lanes) > 2 * self.lanes:
                 self._lanes.popitem(last=False)
         return self._lanes[place]
 
-    def _within(self, count: int, epoch: int, lane: int) -> np.ndarray:
+    def _parts(self, epoch: int, lane: int) -> list[np.ndarray]:
+        """A lane's part of each source. Rests go to the lanes after those that had the last rests."""
+        parts, turned = [], 0
+        for row in self._row(epoch):
+            size, more = divmod(len(row), self.lanes)
+            begin = lane * size + sum((other - turned) % self.lanes < more for other in range(lane))
+            parts.append(row[begin : begin + size + ((lane - turned) % self.lanes < more)])
+            turned += more
+        return parts
+
+    def _mixed(self, parts: list[np.ndarray], epoch: int, lane: int) -> np.ndarray:
+        """The parts of a lane in one order, as often as each has samples."""
+        whole = np.concatenate(parts)
+        present = [part for part in parts if len(part)]
+        if self.window is None or len(present) < 2 or len(whole) <= self.window:
+            return whole[self._within(len(whole), epoch, lane)]
+        order = [
+            part[self._within(len(part), epoch, f"{lane}.{number}")] for number, part in enumerate(present)
+        ]
+        turn = np.repeat(np.arange(len(order)), [len(part) for part in order])
+        turn = turn[shuffled(len(turn), self.seed, epoch, lane, "mix")]
+        mixture = np.empty(len(whole), dtype=np.int64)
+        for number, part in enumerate(order):
+            mixture[turn == number] = part
+        return mixture
+
+    def _within(self, count: int, epoch: int, lane: int | str) -> np.ndarray:
         """The shuffle of a lane of `count` samples."""
         order = shuffled(count, self.seed, epoch, lane, "lane")
         if self.window is None or count <= self.window:
