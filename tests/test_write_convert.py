@@ -16,7 +16,7 @@ from vlm_adapt.data.convert.run import check_options, write_dataset
 from vlm_adapt.data.inspect import contact_sheet, summary, words
 from vlm_adapt.data.sample import parse_sample
 from vlm_adapt.data.shards import ShardSet
-from vlm_adapt.data.write import SUMMARY, UNFINISHED, ShardWriter
+from vlm_adapt.data.write import SUMMARY, UNFINISHED, Shard, ShardWriter
 from vlm_adapt.errors import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -41,7 +41,7 @@ def samples(count: int):
 
 def records(folder, name: str, options, **more):
     """What a converter wrote: {key: (record, image extensions)}, and its summary."""
-    done = write_dataset(name, folder, options, progress=False, **more)
+    done = write_dataset(name, folder, options, progress=False, **{"workers": 0, **more})
     shards = ShardSet(folder)
     assert not shards.problems and len(shards) == done["samples"]
     found = {}
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path):
     with pytest.raises(UserError, match="no space left to write .*000001.tar"), writer:
         for number, sample in enumerate(samples(10)):
             if number == 5:
-                writer._file = _Full(writer._file)
+                writer._shard._file = _Full(writer._shard._file)
             writer.write(sample)
     assert [path.name for path in tmp_path.iterdir()] == ["000000.tar"]
     assert len(ShardSet(tmp_path)) == 3
@@ -160,7 +160,7 @@ def test_again_returns_at_once_and_anything_else_starts_anew(tmp_path, coco, mon
     out = tmp_path / "out"
     done = write_dataset("coco_captions", out, coco, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr("vlm_adapt.data.convert.run.ShardWriter", None)
+        patch.setattr("vlm_adapt.data.convert.run.Entries", None)
         assert write_dataset("coco_captions", out, coco, progress=False) == done
     with pytest.raises(UserError, match="already holds"):
         write_dataset("coco_captions", out, coco, limit=1, progress=False)
@@ -173,24 +173,25 @@ def test_again_returns_at_once_and_anything_else_starts_anew(tmp_path, coco, mon
     assert len(ShardSet(out)) == 1
 
 
-def test_an_interrupted_conversion_is_not_read_and_starts_anew(tmp_path, coco, monkeypatch):
-    out, write = tmp_path / "out", ShardWriter.write
+def test_an_interrupted_conversion_is_not_read(tmp_path, coco, monkeypatch):
+    out, finish = tmp_path / "out", Shard.finish
 
-    def interrupted(self, sample):
-        write(self, sample)
-        if self.shards:  # one shard is finished, the second is open
-            raise KeyboardInterrupt
+    def interrupted(self):
+        finish(self)
+        raise KeyboardInterrupt  # a shard has its name, but nobody has noted that its task is done
 
-    monkeypatch.setattr(ShardWriter, "write", interrupted)
+    monkeypatch.setattr(Shard, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_dataset("coco_captions", out, coco, max_count=1, progress=False)
+        write_dataset("coco_captions", out, coco, max_count=1, workers=0, progress=False)
     monkeypatch.undo()
-    assert {path.name for path in out.iterdir()} == {"000000.tar", UNFINISHED}
+    assert {path.name for path in out.iterdir() if path.suffix != ".npz"} == {"000000.tar", UNFINISHED}
     with pytest.raises(UserError, match="not all written"):
         ShardSet(out)
-    assert write_dataset("coco_captions", out, coco, max_count=1, progress=False)["samples"] == 2
-    assert {path.name for path in out.iterdir()} == {"000000.tar", "000001.tar", SUMMARY}
-    (out / "000001.tar").unlink()
+    done = write_dataset("coco_captions", out, coco, max_count=1, workers=0, progress=False)
+    assert done["samples"] == 2
+    assert {path.name for path in out.glob("*.tar")} == {shard["name"] for shard in done["shards"]}
+    assert (out / SUMMARY).exists() and not (out / UNFINISHED).exists()
+    (out / done["shards"][1]["name"]).unlink()
     with pytest.raises(UserError, match="lacks 1 of its 2 shards"):
         ShardSet(out)
 

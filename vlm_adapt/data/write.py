@@ -10,7 +10,6 @@ finished; until then `dataset.unfinished.json` says whose the shards are.
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import re
@@ -24,8 +23,10 @@ from typing import Any, BinaryIO
 from vlm_adapt.errors import UserError
 
 SUMMARY, UNFINISHED = "dataset.json", "dataset.unfinished.json"
-_SHARD = re.compile(r"\d{6,}\.tar")
+_SHARD = re.compile(r"\d{6,}(_\d{3,})?\.tar")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NAME, _SIZE, _SUM = 100, slice(124, 136), slice(148, 156)  # of a tar header: the name's end, size, checksum
+_LARGEST = 8**11  # what the size field can say
 
 
 @contextmanager
@@ -55,6 +56,46 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
             raise
 
 
+def check_bounds(max_bytes: int, max_count: int) -> None:
+    """UserError if a shard so bounded could hold nothing."""
+    if max_bytes < 1 or max_count < 1:
+        raise UserError(f"a shard must hold something: max_bytes {max_bytes}, max_count {max_count}")
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Shards that were written here; UserError if other archives lie among them."""
+    present = sorted(folder.glob("*.tar"))
+    foreign = [path.name for path in present if not _SHARD.fullmatch(path.name)]
+    if foreign:  # not even overwrite may remove what was never written here
+        raise UserError(f"{folder} holds other archives ({foreign[0]}): choose another folder")
+    return present
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """UserError if shards lie in the folder that may not be replaced."""
+    present = shards_in(folder)
+    if present and not overwrite:
+        raise UserError(
+            f"{folder} already holds {len(present)} shard(s): choose another folder or say overwrite"
+        )
+
+
+def remove_shards(folder: Path, keep: frozenset[str] = frozenset()) -> None:
+    """Remove shards and what was left half-written, but not the files named in `keep`.
+
+    The summary goes first: what is left then is not a finished set.
+    """
+    from vlm_adapt.data import index
+
+    with clear_errors(folder):
+        (folder / SUMMARY).unlink(missing_ok=True)
+        for path in [*shards_in(folder), *folder.glob(".*.part")]:
+            if path.name not in keep:
+                path.unlink()
+                if path.suffix == ".tar" and hasattr(index, "sidecar_path"):
+                    Path(index.sidecar_path(path)).unlink(missing_ok=True)
+
+
 def _to_bytes(key: str, name: str, value: Any) -> bytes:
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
@@ -63,6 +104,109 @@ def _to_bytes(key: str, name: str, value: Any) -> bytes:
     if name == "json" or name.endswith(".json"):
         return json.dumps(value, ensure_ascii=False).encode()
     raise TypeError(f"member '{name}' of sample '{key}' is a {type(value).__name__}, not bytes or text")
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644  # owner, group and time stay 0: same bytes every time
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+_EMPTY = _tarfile_header("", 0)
+_EMPTY_SUM = sum(_EMPTY) - sum(_EMPTY[_SIZE]) - sum(_EMPTY[_SUM]) + 8 * ord(" ")
+
+
+def _header(name: str, size: int) -> bytes:
+    """What tarfile writes before a file of this name: the same bytes in a tenth of its time."""
+    if len(name) > _NAME or not name.isascii() or size >= _LARGEST:
+        return _tarfile_header(name, size)
+    plain = name.encode("ascii")
+    octal = b"%011o\0" % size
+    checksum = b"%06o\0 " % (_EMPTY_SUM + sum(plain) + sum(octal))
+    start, middle, end = _EMPTY[_NAME : _SIZE.start], _EMPTY[_SIZE.stop : _SUM.start], _EMPTY[_SUM.stop :]
+    return b"".join((plain.ljust(_NAME, b"\0"), start, octal, middle, checksum, end))
+
+
+def encode_sample(sample: Mapping[str, Any]) -> bytes:
+    """A sample as it lies in a tar, headers and all.
+
+    Args:
+        sample: `{"__key__": key, extension: content, ...}`: bytes, text, or for `json` any JSON value.
+
+    Raises:
+        UserError: a key or an extension that webdataset would misread, or no members. It cuts a key at
+            the first dot of its base name, so a key with a dot there is refused.
+    """
+    key = sample["__key__"]
+    base = key.rsplit("/", 1)[-1]
+    if not base or "." in base or key.startswith(("/", "__")) or "\0" in key:
+        raise UserError(f"'{key}' cannot be a key: it needs a base name without dots")
+    blocks: list[bytes] = []
+    for name, value in sample.items():
+        if name == "__key__":
+            continue
+        if name != name.lower() or "/" in name or not name:
+            raise UserError(f"'{name}' in sample '{key}' cannot be an extension: use lower case, no '/'")
+        data = _to_bytes(key, name, value)
+        blocks += [_header(f"{key}.{name}", len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+    if not blocks:
+        raise UserError(f"sample '{key}' has no members")
+    return b"".join(blocks)
+
+
+class Shard:
+    """One shard while it is written, under a name that readers do not look for.
+
+    Args:
+        path: its final name, which it gets from `finish` only.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.keys, self.bytes = path, set[str](), 0
+        self._temporary = path.with_name(f".{path.name}.part")
+        with clear_errors(path):
+            self._file: BinaryIO = open(self._temporary, "wb")
+
+    def write(self, key: str, content: bytes) -> None:
+        """Add an encoded sample. UserError if the disk is full (nothing half-written stays) or the key is
+        there already."""
+        if key in self.keys:
+            raise UserError(f"two samples have the key '{key}' in {self.path}: make keys unique")
+        try:
+            with clear_errors(self.path):
+                self._file.write(content)
+        except BaseException:
+            self.discard()
+            raise
+        self.keys.add(key)
+        self.bytes += len(content)
+
+    def finish(self) -> dict[str, Any]:
+        """End mark, final name, index; returns `{name, samples, bytes}`."""
+        from vlm_adapt.data import index  # numpy, which a writer of a few shards need not load before
+
+        try:
+            with clear_errors(self.path):
+                end = self.bytes + 2 * tarfile.BLOCKSIZE
+                self._file.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                size = self._file.tell()
+                self._file.close()
+                os.replace(self._temporary, self.path)
+                if hasattr(index, "write_sidecar"):
+                    index.write_sidecar(self.path)
+        except BaseException:
+            self.discard()
+            raise
+        return {"name": self.path.name, "samples": len(self.keys), "bytes": size}
+
+    def discard(self) -> None:
+        """Give it up."""
+        with suppress(OSError):  # closing may try once more to write to a full disk
+            self._file.close()
+        with suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
 
 
 class ShardWriter:
@@ -74,10 +218,6 @@ class ShardWriter:
         overwrite: remove shards that are there already; without it they are an error.
         unfinished: written to `dataset.unfinished.json` before anything else; whoever gave it removes
             it when the set is complete. Readers refuse a folder that has it.
-
-    A sample is `{"__key__": key, extension: content, ...}`: bytes, text, or for `json` any JSON value;
-    members are written in the order given. webdataset cuts a key at the first dot of its base name, so
-    a key with a dot there is refused.
     """
 
     def __init__(
@@ -88,109 +228,38 @@ class ShardWriter:
         overwrite: bool = False,
         unfinished: Mapping[str, Any] | None = None,
     ):
-        if max_bytes < 1 or max_count < 1:
-            raise UserError(f"a shard must hold something: max_bytes {max_bytes}, max_count {max_count}")
+        check_bounds(max_bytes, max_count)
         self.folder, self.max_bytes, self.max_count = Path(folder), max_bytes, max_count
         self.shards: list[dict[str, Any]] = []
         with clear_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        present = sorted(self.folder.glob("*.tar"))
-        foreign = [path.name for path in present if not _SHARD.fullmatch(path.name)]
-        if foreign:  # not even overwrite may remove what was never written here
-            raise UserError(f"{self.folder} holds other archives ({foreign[0]}): choose another folder")
-        if present and not overwrite:
-            raise UserError(
-                f"{self.folder} already holds {len(present)} shard(s): choose another folder or say overwrite"
-            )
+        check_folder(self.folder, overwrite)
         if unfinished is not None:
             write_json(self.folder / UNFINISHED, unfinished)
-        with clear_errors(self.folder):
-            (self.folder / SUMMARY).unlink(missing_ok=True)  # first: what is left is not a finished set
-            for path in [*present, *self.folder.glob(".*.part")]:
-                path.unlink()
-        self._file: BinaryIO | None = None
-        self._keys: set[str] = set()
-        self._position = 0
+        remove_shards(self.folder)
+        self._shard: Shard | None = None
 
     @property
     def count(self) -> int:
         """Samples written so far, the open shard's included."""
-        return sum(shard["samples"] for shard in self.shards) + len(self._keys)
-
-    def _path(self) -> Path:
-        return self.folder / f"{len(self.shards):06d}.tar"
-
-    def _temporary(self) -> Path:
-        return self.folder / f".{self._path().name}.part"
+        return sum(shard["samples"] for shard in self.shards) + (len(self._shard.keys) if self._shard else 0)
 
     def write(self, sample: Mapping[str, Any]) -> None:
-        """Add a sample. UserError if the disk is full (nothing half-written stays) or the key unusable."""
-        key = sample["__key__"]
-        base = key.rsplit("/", 1)[-1]
-        if not base or "." in base or key.startswith(("/", "__")) or "\0" in key:
-            raise UserError(f"'{key}' cannot be a key: it needs a base name without dots")
-        block = io.BytesIO()
-        for name, value in sample.items():
-            if name == "__key__":
-                continue
-            if name != name.lower() or "/" in name or not name:
-                raise UserError(f"'{name}' in sample '{key}' cannot be an extension: use lower case, no '/'")
-            data = _to_bytes(key, name, value)
-            info = tarfile.TarInfo(f"{key}.{name}")
-            info.size, info.mode = len(data), 0o644  # owner, group and time stay 0: same bytes every time
-            block.write(info.tobuf(tarfile.PAX_FORMAT))
-            block.write(data)
-            block.write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        content = block.getvalue()
-        if not content:
-            raise UserError(f"sample '{key}' has no members")
-        full = self._position + len(content) > self.max_bytes or len(self._keys) >= self.max_count
-        if self._keys and full:
-            self._finish()
-        if key in self._keys:
-            raise UserError(f"two samples have the key '{key}' in {self._path()}: make keys unique")
-        try:
-            with clear_errors(self._path()):
-                if self._file is None:
-                    self._file = open(self._temporary(), "wb")
-                self._file.write(content)
-        except BaseException:
-            self._discard()
-            raise
-        self._position += len(content)
-        self._keys.add(key)
-
-    def _finish(self) -> None:
-        """The open shard gets its end mark and its final name."""
-        if self._file is None:
-            return
-        path = self._path()
-        try:
-            with clear_errors(path):
-                end = self._position + 2 * tarfile.BLOCKSIZE
-                self._file.write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-                os.replace(self._temporary(), path)
-        except BaseException:
-            self._discard()
-            raise
-        self.shards.append({"name": path.name, "samples": len(self._keys), "bytes": path.stat().st_size})
-        self._file, self._position, self._keys = None, 0, set()
-
-    def _discard(self) -> None:
-        """The open shard is given up."""
-        if self._file is not None:
-            with suppress(OSError):  # closing may try once more to write to a full disk
-                self._file.close()
-            with suppress(OSError):
-                self._temporary().unlink(missing_ok=True)
-            self._file, self._position, self._keys = None, 0, set()
+        """Add a sample (see `encode_sample`); members are written in the order given."""
+        content = encode_sample(sample)
+        if self._shard and (
+            self._shard.bytes + len(content) > self.max_bytes or len(self._shard.keys) >= self.max_count
+        ):
+            self.close()
+        if self._shard is None:
+            self._shard = Shard(self.folder / f"{len(self.shards):06d}.tar")
+        self._shard.write(sample["__key__"], content)
 
     def close(self) -> None:
         """Finish the last shard."""
-        self._finish()
+        if self._shard is not None:
+            self.shards.append(self._shard.finish())
+            self._shard = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -200,5 +269,6 @@ class ShardWriter:
     ) -> None:
         if kind is None:
             self.close()
-        else:
-            self._discard()
+        elif self._shard is not None:
+            self._shard.discard()
+            self._shard = None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-from vlm_adapt.data.convert.common import Conversion, ImageFolders, read_image, read_json, several
-from vlm_adapt.data.problems import BadSample
+from vlm_adapt.data.convert.common import Conversion, ImageFolders, Recipe, image_sample, read_json, several
 from vlm_adapt.errors import UserError
 
 
-def convert(conversion: Conversion, *, annotations: str, images: str) -> Iterator[dict[str, Any]]:
+def convert(conversion: Conversion, *, annotations: str, images: str) -> Iterator[Recipe]:
     """Samples `{captions: [...], id}` in the order of the annotations' images.
 
     Args:
@@ -36,11 +34,8 @@ def convert(conversion: Conversion, *, annotations: str, images: str) -> Iterato
         texts = [text for text in captions.get(number, []) if text]
         if len(texts) < len(captions.get(number, [])):
             conversion.lose(f"{number} (a caption)", "empty caption")
-        try:
-            if not texts:
-                raise BadSample("image without captions")
-            extension, data = read_image(folders.named(name))
-        except BadSample as error:
-            conversion.lose(str(number), error)
+        if not texts:
+            conversion.lose(str(number), "image without captions")
             continue
-        yield {"__key__": f"{number:012d}", extension: data, "json": {"captions": texts, "id": str(number)}}
+        record = {"captions": texts, "id": str(number)}
+        yield Recipe(f"{number:012d}", image_sample, ((folders.places(name),), record))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,25 @@ from typing import Any
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.errors import UserError
 
+MISSING = "image file is missing"
 # What the bytes of an image begin with, and the extension that goes with them.
+_DIGITS = re.compile(r"(\d+)(?:\.[^./]*)?$")  # the last of a file's name
 _SIGNATURES = ((b"\xff\xd8", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
 
 
 @dataclass
 class Conversion:
-    """What a converter tells while it runs: how many samples to expect, and what it had to leave out."""
+    """What a converter tells while it runs: how many samples to expect, and what it had to leave out.
+
+    Attributes:
+        total: entries to expect, None if the converter does not know.
+        account: what was left out and why.
+        shuffled: entries will be written in another order. Where reading one entry is only cheap after
+            its neighbour, a converter had better yield whole samples then, not recipes.
+    """
 
     total: int | None = None
+    shuffled: bool = False
     account: Account = field(default_factory=Account)
 
     def lose(self, key: str, reason: str | BadSample) -> None:
@@ -56,18 +66,40 @@ def image_extension(data: bytes) -> str | None:
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def read_image(path: Path) -> tuple[str, bytes]:
-    """`(extension, bytes)` of an image file, not decoded. Raises BadSample if missing or no image."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise BadSample("image file is missing", str(path)) from error
-    except OSError as error:
-        raise BadSample("image file cannot be read", f"{path}: {error.strerror}") from error
+def checked_image(data: bytes, where: str) -> tuple[str, bytes]:
+    """`(extension, data)`, not decoded. Raises BadSample if it is no image of a shard."""
     extension = image_extension(data)
     if extension is None:
-        raise BadSample("not a JPEG, PNG or WebP image", str(path))
+        raise BadSample("not a JPEG, PNG or WebP image", where)
     return extension, data
+
+
+def read_image(path: str | Path) -> tuple[str, bytes]:
+    """`(extension, bytes)` of an image file, not decoded. Raises BadSample if missing or no image."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        raise BadSample(MISSING, str(path)) from error
+    except OSError as error:
+        raise BadSample("image file cannot be read", f"{path}: {error.strerror}") from error
+    return checked_image(data, str(path))
+
+
+def read_first(places: Sequence[str]) -> tuple[str, bytes]:
+    """`read_image` of the first place that has a file. BadSample names the first place if none has."""
+    for place in places[:-1]:
+        if os.path.isfile(place):
+            return read_image(place)
+    try:
+        return read_image(places[-1])
+    except BadSample as error:
+        raise BadSample(MISSING, places[0]) if error.reason == MISSING else error from error
+
+
+def image_sample(images: Sequence[Sequence[str]], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The members of a sample with these images, each the first of its places that has a file. A recipe."""
+    return {**image_members([read_first(places) for places in images]), "json": record}
 
 
 def image_members(files: list[tuple[str, bytes]]) -> dict[str, bytes]:
@@ -115,7 +147,7 @@ class ImageFolders:
         self.folders = [existing(folder, "image folder") for folder in several(folders)]
         if not self.folders:
             raise UserError("no image folder was named")
-        self._numbers: dict[int, Path] | None = None
+        self._numbers: dict[int, str] | None = None
 
     def named(self, name: str) -> Path:
         """Where the image of this relative name is (in the first folder, if nowhere)."""
@@ -124,17 +156,21 @@ class ImageFolders:
                 return folder / name
         return self.folders[0] / name
 
+    def places(self, name: str) -> tuple[str, ...]:
+        """Where the image of this relative name may be: for a recipe, which looks when it is cooked."""
+        return tuple(os.path.join(folder, name) for folder in self.folders)
+
     def numbered(self, number: int) -> Path:
         """Where the image of this COCO number is; BadSample if nowhere."""
         if self._numbers is None:
             self._numbers = {}
             for folder in self.folders:
                 for path in sorted(
-                    Path(place) / name for place, _, names in os.walk(folder) for name in names
+                    os.path.join(place, name) for place, _, names in os.walk(folder) for name in names
                 ):
-                    digits = re.search(r"(\d+)$", path.stem)
+                    digits = _DIGITS.search(path)
                     if digits:
                         self._numbers.setdefault(int(digits.group(1)), path)
         if number not in self._numbers:
-            raise BadSample("image file is missing", f"number {number} in {self.folders[0]}")
-        return self._numbers[number]
+            raise BadSample(MISSING, f"number {number} in {self.folders[0]}")
+        return Path(self._numbers[number])

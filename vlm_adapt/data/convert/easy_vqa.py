@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vlm_adapt.data.convert.common import Conversion, existing, read_image, read_json
-from vlm_adapt.data.problems import BadSample
+from vlm_adapt.data.convert.common import Conversion, Recipe, existing, read_json
+from vlm_adapt.data.convert.questions import question_recipes
 from vlm_adapt.errors import UserError
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -20,7 +20,7 @@ def kind_of(answer: str) -> str:
     return "shape" if answer in SHAPES else "color"
 
 
-def convert(conversion: Conversion, *, folder: str, split: str = "train") -> Iterator[dict[str, Any]]:
+def convert(conversion: Conversion, *, folder: str, split: str = "train") -> Iterator[Recipe]:
     """Samples `{questions: [{id, question, answers, kind}], id}` in the order of the images' numbers.
 
     Args:
@@ -46,10 +46,5 @@ def convert(conversion: Conversion, *, folder: str, split: str = "train") -> Ite
         raise UserError(f"{root / split / 'questions.json'} is not a list of easy-vqa questions") from error
     conversion.total = len(questions)
     for image, asked in sorted(questions.items()):
-        try:
-            extension, data = read_image(root / split / "images" / f"{image}.png")
-        except BadSample as error:
-            conversion.lose(str(image), error)
-            continue
-        key = f"{split}-{image:06d}"
-        yield {"__key__": key, extension: data, "json": {"questions": asked, "id": str(image)}}
+        places = (str(root / split / "images" / f"{image}.png"),)
+        yield from question_recipes(f"{split}-{image:06d}", str(image), places, asked, group=True)

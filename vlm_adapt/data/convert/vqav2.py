@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vlm_adapt.data.convert.common import Conversion, ImageFolders, read_image, read_json, several
+from vlm_adapt.data.convert.common import Conversion, ImageFolders, Recipe, read_json, several
+from vlm_adapt.data.convert.questions import question_recipes
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
 
 
 def convert(
     conversion: Conversion, *, questions: str, annotations: str, images: str, group: bool = True
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Recipe]:
     """Samples with all ten answers of each question, and its answer type as `kind`.
 
     Args:
@@ -55,13 +56,8 @@ def convert(
     conversion.total = len(by_image) if group else sum(map(len, by_image.values()))
     for image, items in by_image.items():
         try:
-            extension, data = read_image(folders.numbered(image))
+            places = (str(folders.numbered(image)),)
         except BadSample as error:
             conversion.lose(f"image {image} and its {len(items)} question(s)", error)
             continue
-        if group:
-            record = {"questions": items, "id": str(image)}
-            yield {"__key__": f"{image:012d}", extension: data, "json": record}
-            continue
-        for item in items:
-            yield {"__key__": f"{image:012d}-{item['id']}", extension: data, "json": item}
+        yield from question_recipes(f"{image:012d}", str(image), places, items, group)
