@@ -15,17 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlm_adapt.data.crew import Death, each
 from vlm_adapt.data.images import MAX_PIXELS, decode, image_size
+from vlm_adapt.data.masks import check_mask, read_mask
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.data.reader import Reader
 from vlm_adapt.data.sample import IMAGE_EXTENSIONS, Sample, parse_sample
 from vlm_adapt.data.shards import Patterns, ShardSet, expand, joined
+from vlm_adapt.data.watched import Death, each
 from vlm_adapt.errors import UserError
 from vlm_adapt.sentence import check_images
 from vlm_adapt.template import plain_template
 
-_KNOWN = re.compile(rf"json|mask\.(\d+\.)?png|(\d+\.)?({'|'.join(IMAGE_EXTENSIONS)})")
+_MASK = re.compile(r"mask\.(\d+\.)?png")
+_KNOWN = re.compile(rf"json|{_MASK.pattern}|(\d+\.)?({'|'.join(IMAGE_EXTENSIONS)})")
 
 
 class Finding(NamedTuple):
@@ -103,9 +105,10 @@ class _Refusals(Account):
 
     faults: list[tuple[str, str]] = field(default_factory=list)
 
-    def lose(self, key: str, why: str | BadSample) -> None:
+    def lose(self, key: str, why: str | BadSample, *more: Any) -> None:
+        """As usual, and remembered."""
         self.faults.append((why.reason, why.detail) if isinstance(why, BadSample) else (why, ""))
-        super().lose(key, why)
+        super().lose(key, why, *more)
 
 
 class Check:
@@ -152,17 +155,27 @@ class Check:
         return Look(tuple(faults), truncated, unread)
 
     def _faults(self, sample: Sample, members: dict[str, bytes]) -> Iterator[tuple[str, str]]:
+        masks = {name: data for name, data in members.items() if _MASK.fullmatch(name)}
         sizes: list[tuple[int, int]] = []
         for number, data in enumerate(sample.images):
             try:
-                if self.reader is None:
+                if self.reader is None or masks:
                     height, width = decode(data, self.max_pixels).shape[:2]
                     sizes.append((width, height))
                 else:  # decoded on its way to the tower
-                    sizes.append(image_size(data, self.max_pixels))
+                    image_size(data, self.max_pixels)
             except BadSample as error:
                 where = f"image {number}" if len(sample.images) > 1 else ""
                 yield error.reason, ": ".join(word for word in (where, error.detail) if word)
+        if masks and not sample.images:
+            yield "mask without an image", ", ".join(masks)
+        for name, data in masks.items() if sizes else ():
+            try:
+                labels = sample.record.get("labels") if name == "mask.png" else None
+                check_mask(data, sizes[0], labels)
+                read_mask(data)
+            except BadSample as error:
+                yield error.reason, ": ".join(word for word in (name, error.detail) if word)
         if "messages" in sample.record:
             # Captions and questions get their images from the phrasing; conversations place them.
             try:

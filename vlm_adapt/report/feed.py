@@ -49,7 +49,7 @@ def open_feed(run: Run, shards: Sequence[str]) -> Feed:
     stage, staged, source = _source_of(run, shards)
     source = source.model_copy(update={"shards": tuple(shards), "limit": None, "keep": None})
     assembled = build_without_weights(staged.model)
-    reader = assembled.reader([source], staged.seed, staged.data.max_pixels)
+    reader = assembled.reader([source], staged.seed, staged.data)
     return Feed(stage, staged, source, assembled, reader)
 
 
