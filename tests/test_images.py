@@ -222,7 +222,7 @@ def test_samples_are_checked():
         ({"jpg": b""}, "no json member"),
         ({"json": b"{"}, "cannot be read"),
         ({"json": b"[1]"}, "not an object"),
-        ({"json": b'{"text": "x"}'}, "has none of"),
+        ({"json": b'{"words": "x"}'}, "has none of"),
         ({"json": b'{"caption": " "}'}, "empty caption"),
         ({"json": b'{"captions": []}'}, "captions is not a list"),
         ({"json": b'{"question": "q?"}'}, "without answer"),
