@@ -46,32 +46,50 @@ class BadSample(ValueError):
 
 @dataclass
 class Account:
-    """Samples read, used, truncated and refused, with a few example keys of each reason.
+    """Samples read, used, truncated, split and refused, with a few example keys of each reason.
 
     Every count is a plain sum, so accounts of workers and ranks merge in any order.
+
+    Attributes:
+        split: used samples whose texts lie in more than one row.
+        sources: for each source by name `read`, `used`, `refused` and `tokens` (learned ones).
+        fresh: every refusal since someone took them: (source, key, why). Not kept in checkpoints.
     """
 
     read: int = 0
     used: int = 0
     truncated: int = 0
+    split: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    fresh: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
     def refusals(self) -> int:
         """How many samples were refused, for whatever reason."""
         return sum(self.refused.values())
 
-    def use(self, truncated: bool = False) -> None:
-        """One more sample was read and used, perhaps shortened."""
+    def use(self, truncated: bool = False, source: str = "", tokens: int = 0, split: bool = False) -> None:
+        """One more sample was read and used, perhaps shortened or split; `tokens` of it are learned."""
         self.read += 1
         self.used += 1
         self.truncated += truncated
+        self.split += split
+        self._source(source, read=1, used=1, tokens=tokens)
 
-    def refuse(self, key: str, why: str | BadSample) -> None:
+    def refuse(self, key: str, why: str | BadSample, source: str = "") -> None:
         """One more sample was read and refused."""
         self.read += 1
         self.lose(key, why)
+        self._source(source, read=1, refused=1)
+        self.fresh.append((source, key, str(why)))
+
+    def _source(self, name: str, **counts: int) -> None:
+        if name:
+            own = self.sources.setdefault(name, dict.fromkeys(("read", "used", "refused", "tokens"), 0))
+            for what, count in counts.items():
+                own[what] += count
 
     def lose(self, key: str, why: str | BadSample) -> None:
         """One more sample was refused before it could be read (a member of a cut-off shard, say)."""
@@ -97,6 +115,10 @@ class Account:
         self.read += other.read
         self.used += other.used
         self.truncated += other.truncated
+        self.split += other.split
+        self.fresh += other.fresh
+        for name, counts in other.sources.items():
+            self._source(name, **counts)
         for reason, count in other.refused.items():
             self.refused[reason] = self.refused.get(reason, 0) + count
             for example in other.examples.get(reason, []):
@@ -115,12 +137,21 @@ class Account:
             "read": self.read,
             "used": self.used,
             "truncated": self.truncated,
+            "split": self.split,
             "refused": dict(self.refused),
             "examples": {reason: list(keys) for reason, keys in self.examples.items()},
+            "sources": {name: dict(counts) for name, counts in self.sources.items()},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Account:
         """The inverse of `to_dict`."""
-        examples = {reason: list(keys) for reason, keys in data["examples"].items()}
-        return cls(data["read"], data["used"], data["truncated"], dict(data["refused"]), examples)
+        return cls(
+            read=data["read"],
+            used=data["used"],
+            truncated=data["truncated"],
+            split=data["split"],
+            refused=dict(data["refused"]),
+            examples={reason: list(keys) for reason, keys in data["examples"].items()},
+            sources={name: dict(counts) for name, counts in data["sources"].items()},
+        )

@@ -7,9 +7,11 @@ Picklable, so that worker processes can carry it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from vlm_adapt.data.images import load_image
 from vlm_adapt.data.phrase import Asked, Phrasing, questions_of
 from vlm_adapt.data.problems import Account, BadSample, Problem
 from vlm_adapt.data.sample import Sample, parse_sample
+from vlm_adapt.data.select import select
 from vlm_adapt.data.shards import ShardSet
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
@@ -44,7 +47,7 @@ class Reader:
         encoder, template, system: how text becomes ids.
         image_spec: how images are resized.
         seed: of the draws among captions and questions.
-        max_pixels: larger images are refused.
+        data: limits of images, and where remote shards are kept.
     """
 
     def __init__(
@@ -55,10 +58,12 @@ class Reader:
         system: str | None,
         image_spec: ImageSpec,
         seed: int = 0,
-        max_pixels: int = Data().max_pixels,
+        data: Data | None = None,
     ):
-        self.encoder, self.image_spec, self.seed, self.max_pixels = encoder, image_spec, seed, max_pixels
-        self.sets = [ShardSet(source.shards) for source in sources]
+        data = data or Data()
+        self.encoder, self.image_spec, self.seed, self.max_pixels = encoder, image_spec, seed, data.max_pixels
+        self.sets = [ShardSet(source.shards, data.cache_dir) for source in sources]
+        self.names = _names(sources)
         branches = template.prompt_is_causal and not encoder.seq2seq
         self.phrasings = [
             Phrasing(
@@ -71,13 +76,12 @@ class Reader:
             )
             for source in sources
         ]
-        self.limits = [
-            min(len(one), source.limit or len(one)) for one, source in zip(self.sets, sources, strict=True)
-        ]
-        self.starts = [0, *accumulate(self.limits)]  # samples are numbered within the limits
+        self.chosen = [_choose(source, one) for source, one in zip(sources, self.sets, strict=True)]
+        # Samples are numbered through those that were chosen.
+        self.starts = [0, *accumulate(map(len, self.chosen))]
 
     def __len__(self) -> int:
-        """Samples of all sources, within their limits."""
+        """Samples of all sources: those that their settings leave in."""
         return self.starts[-1]
 
     @property
@@ -86,13 +90,19 @@ class Reader:
         return [problem for one in self.sets for problem in one.problems]
 
     def counts(self, source: int) -> tuple[int, ...]:
-        """Samples of each shard of a source; its limit keeps the first ones."""
-        ends = accumulate(self.sets[source].counts)
-        limit = self.limits[source]
-        return tuple(
-            max(0, count - max(0, end - limit))
-            for end, count in zip(ends, self.sets[source].counts, strict=True)
-        )
+        """Samples of each shard of a source, as far as its settings leave them in."""
+        ends = [0, *accumulate(self.sets[source].counts)]
+        chosen = self.chosen[source]
+        if isinstance(chosen, range):
+            places = [min(end, len(chosen)) for end in ends]
+        else:
+            places = np.searchsorted(chosen, ends).tolist()
+        return tuple(high - low for low, high in zip(places[:-1], places[1:], strict=True))
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """(source, number of the sample in that source's shards)."""
+        source = bisect_right(self.starts, number) - 1
+        return source, int(self.chosen[source][number - self.starts[source]])
 
     def sample(self, number: int) -> tuple[Sample, Phrasing]:
         """The sample and its source's phrasing.
@@ -100,27 +110,76 @@ class Reader:
         Raises:
             BadSample: its bytes or record cannot be used.
         """
-        source = next(i for i in range(len(self.sets)) if number < self.starts[i + 1])
-        key, members = self.sets[source].read(number - self.starts[source])
+        source, local = self.locate(number)
+        key, members = self.sets[source].read(local)
         return parse_sample(key, members), self.phrasings[source]
 
     def key(self, number: int) -> str:
         """The key of a sample, without reading it."""
-        source = next(i for i in range(len(self.sets)) if number < self.starts[i + 1])
-        return self.sets[source].ref(number - self.starts[source]).key
+        source, local = self.locate(number)
+        return self.sets[source].ref(local).key
 
-    def training(self, number: int, epoch: int, position: int, account: Account) -> list[Encoded]:
-        """Rows to learn from; a refused sample gives none and an entry in the account."""
+    def place(self, number: int) -> str:
+        """A sample in words: its key and shard."""
+        source, local = self.locate(number)
+        ref = self.sets[source].ref(local)
+        return f"'{ref.key}' of {ref.shard}"
+
+    def training(
+        self,
+        number: int,
+        epoch: int,
+        position: int,
+        account: Account,
+        texts: Collection[int] | None = None,
+        rows_apart: bool = False,
+    ) -> list[Encoded]:
+        """Texts to learn from; a refused sample gives none and an entry in the account.
+
+        Args:
+            texts: which of the sample's texts are wanted, by number; None is all. The sample is entered
+                in the account by whoever asks for the first one.
+            rows_apart: its texts went to different rows, which the account is told.
+        """
+        name = self.names[self.locate(number)[0]]
+        counts = texts is None or not len(texts) or 0 in texts
         try:
-            sample, phrasing = self.sample(number)
-            generator = _generator(self.seed, epoch, position)
-            sentences = _clear(phrasing.training, sample.record, len(sample.images), generator)
-            rows = self.rows(sample, sentences)
+            sample, sentences, draws = self._sentences(number, epoch, position)
+            rows = self._encoded(sample, sentences, draws)
+            wanted = [row for place, row in enumerate(rows) if texts is None or place in texts]
+            pixels = self.pixels(sample, draws)
         except BadSample as error:
-            account.refuse(self.key(number), error)
+            if counts:
+                account.refuse(self.key(number), error, name)
             return []
-        account.use(truncated=any(row.cut for row in rows))
-        return rows
+        for row in wanted:
+            row.pixels = pixels
+        if counts:
+            account.use(any(row.cut for row in rows), name, sum(len(row.targets) for row in rows), rows_apart)
+        return wanted
+
+    def measure(self, number: int, epoch: int, position: int) -> list[int]:
+        """How many tokens each text has that `training` will make of a sample; decodes no image.
+
+        Raises:
+            BadSample: `training` will refuse it for the same reason.
+        """
+        return [len(row) for row in self._encoded(*self._sentences(number, epoch, position))]
+
+    def _sentences(
+        self, number: int, epoch: int, position: int
+    ) -> tuple[Sample, list[Sentence], np.random.Generator]:
+        """The sample, its sentences of this epoch, and the draws that its images may need."""
+        sample, phrasing = self.sample(number)
+        generator = _generator(self.seed, epoch, position)
+        sentences = _clear(phrasing.training, sample.record, len(sample.images), generator)
+        return sample, sentences, _generator(self.seed, epoch, position, 1)
+
+    def _encoded(
+        self, sample: Sample, sentences: Sequence[Sentence], draws: np.random.Generator | None = None
+    ) -> list[Encoded]:
+        lengths = self.image_tokens(sample, draws)
+        return [_clear(self.encoder.encode, sentence, lengths, sample.key) for sentence in sentences]
 
     def references(self, sample: Sample, phrasing: Phrasing) -> list[Encoded]:
         """Rows that hold every reference of a sample, for its held-out loss."""
@@ -150,7 +209,8 @@ class Reader:
         pixels = self.pixels(sample if images is None else replace(sample, images=list(images)))
         prompts = []
         for asked in _clear(phrasing.evaluation, sample.record, len(sample.images)):
-            row = _clear(self.encoder.encode, asked.sentence, len(sample.images), sample.key, learn=False)
+            lengths = self.image_tokens(sample)
+            row = _clear(self.encoder.encode, asked.sentence, lengths, sample.key, learn=False)
             if row.cut:
                 raise BadSample("the questions on one image are too long for max_length")
             row.pixels = pixels
@@ -159,15 +219,40 @@ class Reader:
 
     def rows(self, sample: Sample, sentences: Sequence[Sentence]) -> list[Encoded]:
         """Encode sentences of a sample and attach its pixels."""
-        rows = [_clear(self.encoder.encode, s, len(sample.images), sample.key) for s in sentences]
+        rows = self._encoded(sample, sentences)
         pixels = self.pixels(sample)
         for row in rows:
             row.pixels = pixels
         return rows
 
-    def pixels(self, sample: Sample) -> list[np.ndarray]:
-        """The sample's images as uint8 [C, H, W], resized for the tower."""
+    def image_tokens(self, sample: Sample, draws: np.random.Generator | None = None) -> list[int]:
+        """How many tokens each image of a sample takes.
+
+        Args:
+            draws: for what is drawn in training; None draws nothing.
+        """
+        return [self.encoder.tokens_per_image] * len(sample.images)
+
+    def pixels(self, sample: Sample, draws: np.random.Generator | None = None) -> list[np.ndarray]:
+        """The sample's images as uint8 [C, H, W], resized for the tower; `draws` as in `image_tokens`."""
         return [load_image(data, self.image_spec, self.max_pixels) for data in sample.images]
+
+
+def _names(sources: Sequence[Source]) -> list[str]:
+    """What the journal calls each source: its name, or its first shard pattern; numbered where equal."""
+    names: list[str] = []
+    for source in sources:
+        first = source.shards if isinstance(source.shards, str) else source.shards[0]
+        name = source.name or PurePath(first.split("::")[0]).name or first
+        names.append(name if name not in names else f"{name} ({len(names)})")
+    return names
+
+
+def _choose(source: Source, shards: ShardSet) -> range | np.ndarray:
+    """The samples of a source that its settings leave in, by their numbers in its shards."""
+    kept = select(source, shards)
+    whole: range | np.ndarray = range(len(shards)) if kept is None else kept
+    return whole if source.limit is None else whole[: source.limit]
 
 
 def _clear(call: Any, *arguments: Any, **named: Any) -> Any:

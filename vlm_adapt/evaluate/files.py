@@ -38,7 +38,7 @@ def _thumbnails(folder: Path, assembled: Assembled, run: Run) -> dict[int, str]:
     from vlm_adapt.data.images import decode
     from vlm_adapt.data.problems import BadSample
 
-    reader = assembled.reader(run.data.evaluate, run.seed, run.data.max_pixels)
+    reader = assembled.reader(run.data.evaluate, run.seed, run.data)
     pictures: dict[int, str] = {}
     (folder / "images").mkdir(exist_ok=True)
     for number in range(min(THUMBNAILS, len(reader))):

@@ -67,7 +67,7 @@ def evaluate(
     """
     if not data.evaluate:
         raise UserError("there is nothing to evaluate on: give data.evaluate shards")
-    reader = assembled.reader(data.evaluate, seed, data.max_pixels)
+    reader = assembled.reader(data.evaluate, seed, data)
     numbers = list(range(len(reader)))
     chosen = _spread(numbers, limit)
     runner = _Runner(assembled, reader, settings, autocast, device or torch.device("cpu"), synced, tell)

@@ -14,7 +14,7 @@ import torch
 
 from vlm_adapt import weights
 from vlm_adapt.adapt.plan import Plan, apply_plan
-from vlm_adapt.config.schema import Adapt, Model, Source
+from vlm_adapt.config.schema import Adapt, Data, Model, Source
 from vlm_adapt.connectors import build_connector
 from vlm_adapt.data.encode import Encoder
 from vlm_adapt.data.reader import Reader
@@ -50,11 +50,11 @@ class Assembled:
         self.plan = apply_plan(self.model.parts(), stages, unused)
         return self.plan
 
-    def reader(self, sources: Sequence[Source], seed: int, max_pixels: int) -> Reader:
+    def reader(self, sources: Sequence[Source], seed: int, data: Data) -> Reader:
         """Samples of these sources, ready for this model."""
         spec = self.model.vision.image_spec
         system = self.config.language.system
-        return Reader(sources, self.encoder, self.template, system, spec, seed, max_pixels)
+        return Reader(sources, self.encoder, self.template, system, spec, seed, data)
 
     @property
     def collate_options(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class StageLoop:
         train = stage_run.train
         if not stage_run.data.train:
             raise UserError(f"stage '{stage_name}' has nothing to train on: give data.train shards")
-        reader = assembled.reader(stage_run.data.train, run.seed, stage_run.data.max_pixels)
+        reader = assembled.reader(stage_run.data.train, run.seed, stage_run.data)
         sources = [
             Source(reader.counts(number), source.weight) for number, source in enumerate(stage_run.data.train)
         ]
