@@ -139,4 +139,4 @@ def shards_inspect(
             print(f"{key.replace('_', ' '):18} {text}")
     print_refused(figures)
     if output is not None:
-        print(f"picture: {contact_sheet(found, output, count, seed)}")
+        print(f"picture: {contact_sheet(found, output, count, seed, scale=2)}")
