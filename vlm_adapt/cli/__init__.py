@@ -15,6 +15,7 @@ import typer
 
 from vlm_adapt import __version__, dist, exits
 from vlm_adapt.cli.common import STYLE, Checkpoint, Config, Overrides, checked_run, checkpoint_folder
+from vlm_adapt.cli.scores import scores
 from vlm_adapt.cli.shards import shards
 from vlm_adapt.cli.weights import weights
 from vlm_adapt.errors import UserError
@@ -63,6 +64,9 @@ def evaluate(
     from vlm_adapt.evaluate.checkpoint import evaluate_checkpoint
 
     evaluate_checkpoint(checkpoint, changes, limit=limit, output=output)
+
+
+app.command()(scores)
 
 
 @app.command()
