@@ -13,10 +13,17 @@ from vlm_adapt.choices import Choices
 CONVERTERS = Choices(
     "converter",
     {
+        "ade20k": "vlm_adapt.data.convert.ade20k:convert",
         "coco_captions": "vlm_adapt.data.convert.coco_captions:convert",
+        "coco_detection": "vlm_adapt.data.convert.coco_detection:convert",
+        "coco_panoptic": "vlm_adapt.data.convert.coco_panoptic:convert",
+        "coco_stuff": "vlm_adapt.data.convert.coco_stuff:convert",
         "easy_vqa": "vlm_adapt.data.convert.easy_vqa:convert",
         "llava": "vlm_adapt.data.convert.llava:convert",
+        "mask_folder": "vlm_adapt.data.convert.mask_folder:convert",
         "nlvr": "vlm_adapt.data.convert.nlvr:convert",
+        "pascal_voc": "vlm_adapt.data.convert.pascal_voc:convert",
+        "refcoco": "vlm_adapt.data.convert.refcoco:convert",
         "vqav2": "vlm_adapt.data.convert.vqav2:convert",
     },
 )
