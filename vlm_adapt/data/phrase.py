@@ -1,7 +1,8 @@
 """From a sample's record to Sentences: what is asked, what is learned, what counts as right.
 
-Knows captions, questions and conversations; knows nothing about tokens, pixels or tar files.
-Training and evaluation phrase a question with the same words, through the same template.
+Knows captions, questions and conversations, and applies a source's task; knows nothing about tokens,
+pixels or tar files. Training and evaluation phrase a question with the same words, through the same
+template.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from typing import Any
 import numpy as np
 
 from vlm_adapt.data.problems import BadSample
+from vlm_adapt.data.tasks.task import Sizes, Task, Told, captions_in
 from vlm_adapt.sentence import IMAGE_PLACEHOLDER, Sentence
 from vlm_adapt.template import Template
 
 QUESTIONS_A_ROW = 16  # in evaluation: more share the image's cost, fewer waste less on masked attention
+
+Images = int | Sizes  # how many images a sample has, or the (width, height) of each as it is seen
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Phrasing:
     Attributes:
         branches: several questions on an image share one row; needs a causal prompt, since a prompt
             read both ways would see every question.
+        task: what is made of each sample first.
     """
 
     template: Template
@@ -63,45 +68,94 @@ class Phrasing:
     questions_per_image: int | None = None
     questions_per_kind: Mapping[str, int] | None = None
     branches: bool = True
+    task: Task | None = None
 
-    def training(self, record: dict[str, Any], images: int, generator: np.random.Generator) -> list[Sentence]:
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether `training`, `evaluation` and `references` want the sizes of a sample's images."""
+        return self.task is not None and self.task.needs_sizes
+
+    def images(self, record: dict[str, Any], images: int) -> list[int]:
+        """Which of a sample's images its sentences show, by number."""
+        return list(range(images)) if self.task is None or self.task.keeps_images else []
+
+    def training(
+        self, record: dict[str, Any], images: Images, generator: np.random.Generator
+    ) -> list[Sentence]:
         """The sentences to learn from a sample, drawn by `generator` where there is a choice.
 
+        Args:
+            images: how many images the sample has; their sizes where `needs_sizes`.
+
         Raises:
+            BadSample: there is nothing to ask, or the task finds nothing to ask.
             UserError: roles of `messages` do not alternate.
         """
-        state = record.get("state") or ()
-        if "messages" in record:
-            return [self.template.conversation(self._with_system(record["messages"]), state)]
-        questions = questions_of(record, self.prompt)
-        if "caption" in record or "captions" in record:
-            captions = questions[0].answers
+        told, count = self._told(record, images, generator)
+        state = told.record.get("state") or ()
+        if "messages" in told.record:
+            return [self.template.conversation(self._with_system(told.record["messages"]), state)]
+        questions = questions_of(told.record, told.prompt or self.prompt)
+        captions = captions_in(told.record)
+        if captions:
             chosen = captions[int(generator.integers(len(captions)))]
-            return [self._pairs([(self.prompt, chosen)], images, state)]
+            return [self._pairs([(questions[0].text, chosen)], count, state)]
         drawn = _draw(questions, self.questions_per_image, self.questions_per_kind, generator)
         if not drawn:
             raise BadSample("no question of the kinds asked for")
-        pairs = [(question.text, question.answer) for question in drawn]
-        if self.branches:
-            return [self._pairs(pairs, images, state)]
-        return [self._pairs([pair], images, state) for pair in pairs]
+        return self._sentences([(question.text, question.answer) for question in drawn], count, state)
 
-    def evaluation(self, record: dict[str, Any], images: int) -> list[Asked]:
+    def references(self, record: dict[str, Any], images: Images) -> list[Sentence]:
+        """Sentences that hold every reference of a sample, for its held-out loss.
+
+        A caption's references are all its captions; a question's is its commonest answer.
+        """
+        told, count = self._told(record, images)
+        state = told.record.get("state") or ()
+        if "messages" in told.record:
+            return [self.template.conversation(self._with_system(told.record["messages"]), state)]
+        questions = questions_of(told.record, told.prompt or self.prompt)
+        pairs = [(questions[0].text, caption) for caption in captions_in(told.record)]
+        return self._sentences(pairs or [(q.text, q.answer) for q in questions], count, state)
+
+    def evaluation(self, record: dict[str, Any], images: Images) -> list[Asked]:
         """Every question of a sample as prompts; a conversation is asked its last question."""
-        state = record.get("state") or ()
-        if "messages" in record:
-            *before, last = self._with_system(record["messages"])
+        told, count = self._told(record, images)
+        state = told.record.get("state") or ()
+        if "messages" in told.record:
+            *before, last = self._with_system(told.record["messages"])
             prompt = self.template.conversation(before, state)
             asked = before[-1]["content"] if before else ""
             question = Question(asked, (last["content"],), record.get("kind"), _text(record.get("id")))
             return [Asked(prompt, (question,))]
-        questions = questions_of(record, self.prompt)
+        questions = questions_of(told.record, told.prompt or self.prompt)
         size = QUESTIONS_A_ROW if self.branches else 1
         groups = [questions[i : i + size] for i in range(0, len(questions), size)]
         return [
-            Asked(self._pairs([(q.text, None) for q in group], images, state), tuple(group))
+            Asked(self._pairs([(q.text, None) for q in group], count, state), tuple(group))
             for group in groups
         ]
+
+    def _told(
+        self, record: dict[str, Any], images: Images, generator: np.random.Generator | None = None
+    ) -> tuple[Told, int]:
+        """What the task makes of a record, with no draw of ours in evaluation; and how many images stay."""
+        count, sizes = (images, ()) if isinstance(images, int) else (len(images), images)
+        if self.task is None:
+            return Told(record), count
+        if generator is None:
+            told = self.task.evaluation(record, sizes)
+        else:
+            told = self.task.training(record, generator, sizes)
+        return told, len(self.images(record, count))
+
+    def _sentences(
+        self, pairs: Sequence[tuple[str, str | None]], images: int, state: Sequence[float]
+    ) -> list[Sentence]:
+        """Questions with answers: branches of one row, or a row each."""
+        if self.branches:
+            return [self._pairs(pairs, images, state)]
+        return [self._pairs([pair], images, state) for pair in pairs]
 
     def _pairs(
         self, pairs: Sequence[tuple[str, str | None]], images: int, state: Sequence[float]
@@ -122,17 +176,22 @@ class Phrasing:
 
 
 def questions_of(record: dict[str, Any], prompt: str) -> list[Question]:
-    """The questions of a record; a caption is the answer to the source's prompt."""
-    kind, identity = record.get("kind"), record.get("id")
-    identity = None if identity is None else str(identity)
-    if "captions" in record or "caption" in record:
-        captions = record.get("captions") or [record["caption"]]
+    """The questions of a record; a caption is the answer to the source's prompt.
+
+    Raises:
+        BadSample: the record holds only what a task could make questions of.
+    """
+    kind, identity = record.get("kind"), _text(record.get("id"))
+    captions = captions_in(record)
+    if captions:
         return [Question(prompt, tuple(captions), kind, identity)]
     if "questions" in record:
         return [
             Question(q["question"], _answers(q), q.get("kind", kind), _text(q.get("id")))
             for q in record["questions"]
         ]
+    if "question" not in record:
+        raise BadSample("nothing is asked of it: give the source a task", f"it has {', '.join(record)}")
     return [Question(record["question"], _answers(record), kind, identity)]
 
 

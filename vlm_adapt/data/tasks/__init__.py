@@ -1,0 +1,20 @@
+"""Tasks: what is made of a sample before it is put into words. A new task is one file and one line here.
+
+Knows names only; each task is imported when it is chosen.
+"""
+
+from vlm_adapt.choices import Choices
+
+TASKS = Choices(
+    "task",
+    {
+        "caption": "vlm_adapt.data.tasks.caption:Caption",
+        "detection": "vlm_adapt.data.tasks.detection:Detection",
+        "object_aware": "vlm_adapt.data.tasks.object_aware:ObjectAware",
+        "ocr": "vlm_adapt.data.tasks.ocr:Ocr",
+        "span_corruption": "vlm_adapt.data.tasks.span_corruption:SpanCorruption",
+        "split_cap": "vlm_adapt.data.tasks.split_cap:SplitCap",
+        "vqa": "vlm_adapt.data.tasks.vqa:Vqa",
+        "vqg": "vlm_adapt.data.tasks.vqg:Vqg",
+    },
+)
