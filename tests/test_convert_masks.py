@@ -16,7 +16,7 @@ from test_write_convert import image, save
 from vlm_adapt.data.convert import CONVERTERS
 from vlm_adapt.data.convert.common import Conversion, Recipe
 from vlm_adapt.data.convert.plain_pickle import read_pickle
-from vlm_adapt.data.masks import encode_mask, read_mask
+from vlm_adapt.data.masks import read_mask
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
 
@@ -125,9 +125,7 @@ def test_coco_detection(tmp_path):
 
 def references() -> list[dict[str, Any]]:
     def entry(number, image, annotation, split, *texts):
-        sentences = [
-            {"sent": text, "raw": f"{text}!", "sent_id": 1, "tokens": text.split()} for text in texts
-        ]
+        sentences = [{"sent": text, "raw": f"{text}!", "tokens": text.split()} for text in texts]
         return {
             "ref_id": number, "image_id": image, "ann_id": annotation, "split": split, "category_id": 7,
             "sentences": sentences, "file_name": "COCO_train2014_000000000001_1.jpg",
@@ -145,6 +143,7 @@ def references() -> list[dict[str, Any]]:
         entry(9, 1, 10, "val", ""),
         entry(10, 4, 40, "val", "missing"),
         entry(11, 3, 30, "val", "another size"),
+        entry(12, 1, 30, "val", "an object of another image"),
     ]
 
 
@@ -171,7 +170,7 @@ def test_refcoco(tmp_path, protocol):
     assert conversion.account.refused == {
         "empty expression": 2,
         "mask has no pixels": 1,
-        "reference to an object that the instances do not list": 1,
+        "reference to an object that the instances do not list": 2,
         "reference in an image that the instances do not list": 1,
         "reference to none or several objects": 1,
         "reference without an expression": 1,
@@ -215,9 +214,8 @@ def test_pickles_run_nothing(tmp_path):
     # What Python 2 writes: byte texts, also of latin-1, unicode, long numbers, sets.
     old = b"(dp0\nS'raw'\np1\nS'caf\\xe9'\np2\nsS'id'\np3\nL42L\nsVuni\np4\nc__builtin__\nset\n((lp5\nI1\natR"
     assert read_pickle(save(tmp_path / "old.p", old + b"s."), "refs") == {"raw": "café", "id": 42, "uni": {1}}
-    assert read_pickle(save(tmp_path / "b.p", pickle.dumps([b"caf\xe9"], 2)), "refs") == [
-        "café".encode("latin-1")
-    ]
+    new = save(tmp_path / "new.p", pickle.dumps([b"caf\xe9"], 2))
+    assert read_pickle(new, "refs") == ["café".encode("latin-1")]
 
 
 def ade(root: Path) -> Path:
@@ -243,10 +241,8 @@ def ade(root: Path) -> Path:
 def test_ade20k(tmp_path):
     found, conversion = cooked("ade20k", folder=ade(tmp_path))
     assert list(found) == ["A_1"]
-    assert found["A_1"]["json"] == {
-        "labels": ["wall", "building", "screen, door", "screen, crt"],
-        "id": "A_1",
-    }
+    names = ["wall", "building", "screen, door", "screen, crt"]
+    assert found["A_1"]["json"] == {"labels": names, "id": "A_1"}
     expected = values(0, 5) - 1
     assert (read_mask(found["A_1"]["mask.png"]) == np.where(expected < 0, 255, expected)).all()
     assert conversion.account.refused == {

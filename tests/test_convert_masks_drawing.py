@@ -89,7 +89,9 @@ def grey_png(values_HW: np.ndarray, bits: int, colour: int = 0) -> bytes:
     """A PNG written by hand, as PIL writes no grey of 2 and 4 bits."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
 
     rows = b""
     for row in values_HW:
