@@ -121,16 +121,23 @@ def shards_lint(
 @shards.command("inspect")
 def shards_inspect(
     pattern: Pattern,
-    output: Annotated[Path | None, typer.Option(help="Also draw samples into this PNG.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also draw samples into this .png or .pdf.")] = None,
+    config: RunConfig = None,
     count: Annotated[int, typer.Option(min=1, help="How many are drawn.")] = 24,
+    encoded: Annotated[int, typer.Option(min=1, help="With --config: how many are encoded.")] = 2000,
     seed: Annotated[int, typer.Option(help="Which ones are drawn.")] = 0,
 ) -> None:
-    """Count what lies in shards, name what is wrong, and draw some samples."""
+    """Count what lies in shards, name what is wrong, and draw some samples with masks and boxes.
+
+    With --config also lengths in that run's tokens, what padding wastes and what packing saves.
+    """
+    run = checked_run(config, [], train=False, evaluate=False) if config else None
     from vlm_adapt.data.inspect import contact_sheet, summary
     from vlm_adapt.data.shards import ShardSet
 
     found = ShardSet(pattern)
-    figures = summary(found)
+    with counting("inspect", found.samples) as tick:
+        figures = summary(found, tick=tick)
     for key, value in figures.items():
         if key not in ("refused", "examples") and value not in (None, {}, 0):
             text = (
@@ -140,3 +147,19 @@ def shards_inspect(
     print_refused(figures)
     if output is not None:
         print(f"picture: {contact_sheet(found, output, count, seed, scale=2)}")
+    if run is not None:
+        from vlm_adapt.report.feed import open_feed
+        from vlm_adapt.report.look import lines, look
+
+        feed = open_feed(run, [index.path for index in found.indexes])
+        with counting("encode", min(encoded, found.samples)) as tick:
+            lengths = look(feed, encoded, seed, tick)
+        for name, text in lines(feed, lengths):
+            print(f"{name:18} {text}")
+        print_refused(lengths.account.to_dict())
+        if output is not None:
+            from vlm_adapt.report.look_chart import draw_look
+
+            beside = output.with_name(f"{output.stem}-lengths{output.suffix or '.png'}")
+            most, batching = feed.run.model.language.max_length, feed.run.data.batching
+            print(f"picture: {draw_look(lengths, beside, feed.reader.image_spec.size, most, batching)}")
