@@ -131,9 +131,10 @@ def test_other_shards(ten, tmp_path):
     with pytest.raises(UserError, match="no scores of 2 of 2 samples: it belongs to other shards") as caught:
         kept(source(strange, path))
     tiny.sentence(caught)
-    longer = shard(tmp_path / "y" / "000000.tar", [f"k{n}" for n in range(30)])
-    with pytest.raises(UserError, match="10,240 bytes when it was scored and 40,960 now"):
-        kept(source(longer, path))
+    words = json.dumps({"caption": "x" * 20_000}).encode()
+    longer = tiny.shard(tmp_path / "y" / "000000.tar", [(key, {"json": words}) for _, key, _ in rows[:5]])
+    with pytest.raises(UserError, match="10,240 bytes when it was scored and 112,640 now"):
+        kept(source(longer, path))  # its keys are the same
     few = written(tmp_path / "few.safetensors", shards, rows[:3])
     with pytest.raises(UserError, match="7 of 10 samples: it was written with a limit"):
         kept(source(shards, few))
