@@ -56,6 +56,14 @@ def test_run_lengths():
         decode_runs({"size": [24, 22], "counts": [-1, 529]}, 24, 22)
 
 
+def test_several_run_lengths_are_one_mask():
+    first, second = ({"size": [24, 22], "counts": counts} for counts in ([0, 5, 523], [10, 5, 513]))
+    assert np.flatnonzero(draw([first, second], 24, 22).T).tolist() == [*range(5), *range(10, 15)]
+    check_shape([first, second], 24, 22)
+    with pytest.raises(BadSample, match="no pixels"):
+        check_shape([{"size": [24, 22], "counts": [528]}] * 2, 24, 22)
+
+
 def test_shapes_are_refused_before_they_are_drawn_just_as_when_they_are():
     random = np.random.default_rng(5)
     none = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from test_convert_masks import H, W, cooked, picture, values
 from test_write_convert import image, save
 
 from vlm_adapt.data.convert.class_table import IGNORED, read_table
+from vlm_adapt.data.convert.run import write_dataset
 from vlm_adapt.data.masks import encode_mask, read_mask
 from vlm_adapt.errors import UserError
 
@@ -101,6 +103,21 @@ def test_mask_folder_of_colours(tmp_path):
     assert list(found) == ["sub-rgb", "sub-rgba"] and "image without a mask" not in conversion.account.refused
 
 
+def test_shards_of_masks(tmp_path):
+    """Cooked by the writers: what cannot be used is named, the rest is whole for lint."""
+    masks = {"good": picture(values(0, 2)), "bad": picture(values(0, 3)), "turned": picture(values(0, 2).T)}
+    options = folder(tmp_path / "source", b"a\nb", **masks)
+    done = write_dataset("mask_folder", tmp_path / "out", options, progress=False)
+    assert done["samples"] == 1 and done["refused"] == {
+        "mask has a value without a label": 1,
+        "mask and image differ in size": 1,
+    }
+    assert done["examples"]["mask and image differ in size"] == ["sub-turned (mask 12 x 16, image 16 x 12)"]
+    names = [path.name for path in (tmp_path / "out").glob("*.tar")]
+    with tarfile.open(tmp_path / "out" / names[0]) as archive:
+        assert archive.getnames() == ["sub-good.jpg", "sub-good.json", "sub-good.mask.png"]
+
+
 def test_images_turned_by_their_exif(tmp_path):
     options = folder(tmp_path, b"a\nb", upright=picture(values(0, 2).T), lying=picture(values(0, 2)))
     exif = Image.Exif()
@@ -138,6 +155,7 @@ def test_tables_of_indexes(tmp_path, name, content):
     [
         ("t.txt", "sky 1 2 3\nstreet sign 4 5 6"),
         ("t.txt", "1 2 3 sky\n4 5 6 street sign"),
+        ("t.txt", "r,g,b,name\n1 2 3\tsky\n4 5 6\t\tstreet sign"),
         ("t.csv", "name,r,g,b\nsky,1,2,3\nstreet sign,4,5,6"),
         ("t.csv", "name,index,r,g,b\nsky,9,1,2,3\nstreet sign,8,4,5,6"),
         ("t.json", '{"sky": [1, 2, 3], "street sign": [4, 5, 6]}'),

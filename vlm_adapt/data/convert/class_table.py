@@ -28,6 +28,7 @@ Colour = tuple[int, int, int]
 Value = int | Colour
 _NAMES = ("name", "label", "class", "class_name")
 _VALUES = (("r", "g", "b"), ("red", "green", "blue"), ("index",), ("id",), ("value",), ("class_id",))
+_HEADER = {*_NAMES, *(word for words in _VALUES for word in words)}
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,10 @@ def _entries(path: Path) -> list[tuple[str, Value]]:
         rows = csv.reader(text.splitlines(), delimiter=part)
         return _from_rows([[word.strip() for word in row] for row in rows if any(row)])
     lines = (line.split("#")[0] for line in text.splitlines())
-    split = [[word for word in re.split(r"[\s,:]+", line) if word] for line in lines]
-    return [_from_words(words, place) for place, words in enumerate(filter(None, split))]
+    split = [words for line in lines if (words := [word for word in re.split(r"[\s,:]+", line) if word])]
+    if split and len(split[0]) > 1 and {word.lower() for word in split[0]} <= _HEADER:
+        del split[0]
+    return [_from_words(words, place) for place, words in enumerate(split)]
 
 
 def _ignored(words: Iterable[str], entries: list[tuple[str, Value]], coloured: bool) -> set[Value]:

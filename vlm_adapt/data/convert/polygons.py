@@ -151,7 +151,10 @@ def draw(segmentation: Any, height: int, width: int) -> np.ndarray:
     if isinstance(segmentation, Mapping):
         mask_HW = decode_runs(segmentation, height, width)
     elif isinstance(segmentation, list) and segmentation:
-        mask_HW = draw_polygons(segmentation, height, width)
+        if isinstance(segmentation[0], Mapping):  # RefClef
+            mask_HW = np.any([decode_runs(runs, height, width) for runs in segmentation], 0)
+        else:
+            mask_HW = draw_polygons(segmentation, height, width)
     else:
         raise BadSample("object without a segmentation")
     if not mask_HW.any():
@@ -161,7 +164,7 @@ def draw(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 def check_shape(segmentation: Any, height: int, width: int) -> None:
     """`draw`'s refusals without its cost: polygons that are large for their outline are not drawn."""
-    if not isinstance(segmentation, list) or not segmentation:
+    if not isinstance(segmentation, list) or not segmentation or isinstance(segmentation[0], Mapping):
         draw(segmentation, height, width)
         return
     sure = False
