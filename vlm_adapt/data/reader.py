@@ -19,11 +19,13 @@ import numpy as np
 from vlm_adapt.config.schema import Data, Source
 from vlm_adapt.data.encode import Encoded, Encoder
 from vlm_adapt.data.images import load_image
-from vlm_adapt.data.phrase import Asked, Phrasing, questions_of
+from vlm_adapt.data.phrase import Asked, Images, Phrasing
 from vlm_adapt.data.problems import Account, BadSample, Problem
 from vlm_adapt.data.sample import Sample, parse_sample
 from vlm_adapt.data.select import select
 from vlm_adapt.data.shards import ShardSet
+from vlm_adapt.data.sizes import seen_size
+from vlm_adapt.data.tasks.task import make_task
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.sentence import Sentence
@@ -73,6 +75,7 @@ class Reader:
                 source.questions_per_image,
                 source.questions_per_kind,
                 branches,
+                make_task(source.task),
             )
             for source in sources
         ]
@@ -105,14 +108,22 @@ class Reader:
         return source, int(self.chosen[source][number - self.starts[source]])
 
     def sample(self, number: int) -> tuple[Sample, Phrasing]:
-        """The sample and its source's phrasing.
+        """The sample, with the images that its source's task shows, and its source's phrasing.
 
         Raises:
             BadSample: its bytes or record cannot be used.
         """
         source, local = self.locate(number)
         key, members = self.sets[source].read(local)
-        return parse_sample(key, members), self.phrasings[source]
+        sample, phrasing = parse_sample(key, members), self.phrasings[source]
+        kept = phrasing.images(sample.record, len(sample.images))
+        return replace(sample, images=[sample.images[place] for place in kept]), phrasing
+
+    def _images(self, sample: Sample, phrasing: Phrasing) -> Images:
+        """What the phrasing wants to know of a sample's images: how many, or their sizes."""
+        if not phrasing.needs_sizes:
+            return len(sample.images)
+        return [seen_size(data, self.max_pixels) for data in sample.images]
 
     def key(self, number: int) -> str:
         """The key of a sample, without reading it."""
@@ -172,7 +183,7 @@ class Reader:
         """The sample, its sentences of this epoch, and the draws that its images may need."""
         sample, phrasing = self.sample(number)
         generator = _generator(self.seed, epoch, position)
-        sentences = _clear(phrasing.training, sample.record, len(sample.images), generator)
+        sentences = _clear(phrasing.training, sample.record, self._images(sample, phrasing), generator)
         return sample, sentences, _generator(self.seed, epoch, position, 1)
 
     def _encoded(
@@ -183,20 +194,8 @@ class Reader:
 
     def references(self, sample: Sample, phrasing: Phrasing) -> list[Encoded]:
         """Rows that hold every reference of a sample, for its held-out loss."""
-        if "messages" in sample.record:
-            sentences = phrasing.training(sample.record, len(sample.images), _generator(0, 0, 0))
-            return self.rows(sample, sentences)
-        questions = questions_of(sample.record, phrasing.prompt)
-        captions = "caption" in sample.record or "captions" in sample.record
-        pairs = (
-            [(phrasing.prompt, caption) for caption in questions[0].answers]
-            if captions
-            else [(question.text, question.answer) for question in questions]
-        )
-        everything = {"questions": [{"question": q, "answer": a} for q, a in pairs]}
-        whole = replace(phrasing, questions_per_image=None, questions_per_kind=None)
-        state = {"state": sample.record["state"]} if "state" in sample.record else {}
-        return self.rows(sample, whole.training(everything | state, len(sample.images), _generator(0, 0, 0)))
+        images = self._images(sample, phrasing)
+        return self.rows(sample, _clear(phrasing.references, sample.record, images))
 
     def prompts(
         self, sample: Sample, phrasing: Phrasing, images: Sequence[bytes] | None = None
@@ -208,7 +207,7 @@ class Reader:
         """
         pixels = self.pixels(sample if images is None else replace(sample, images=list(images)))
         prompts = []
-        for asked in _clear(phrasing.evaluation, sample.record, len(sample.images)):
+        for asked in _clear(phrasing.evaluation, sample.record, self._images(sample, phrasing)):
             lengths = self.image_tokens(sample)
             row = _clear(self.encoder.encode, asked.sentence, lengths, sample.key, learn=False)
             if row.cut:
