@@ -1,4 +1,4 @@
-"""Vision towers by name: `open_clip:NAME`, `timm:NAME`, `hf:NAME`, or a local folder.
+"""Vision towers by name: `open_clip:NAME`, `timm:NAME`, `hf:NAME`, `navit:SIZE`, or a local folder.
 
 Knows which library a name belongs to; knows nothing about any architecture. Importing this imports
 no torch.
@@ -26,6 +26,7 @@ TOWERS = Choices(
         "open_clip": "vlm_adapt.vision.openclip:build",
         "timm": "vlm_adapt.vision.timm:build",
         "hf": "vlm_adapt.vision.hf:build",
+        "navit": "vlm_adapt.vision.navit:build",
     },
 )
 
@@ -56,7 +57,8 @@ def library_of(model: str) -> tuple[str, str]:
     if colon and name and "/" not in library:
         TOWERS.check(library)
     raise UserError(
-        f"unknown vision tower '{model}': say open_clip:NAME, timm:NAME or hf:NAME, or give a folder"
+        f"unknown vision tower '{model}': say open_clip:NAME, timm:NAME, hf:NAME or navit:SIZE, "
+        "or give a folder"
     )
 
 
@@ -81,7 +83,8 @@ def build_tower(
         local_weights: a file that stands for whatever `weights` names (a package already fetched).
         options: `final_norm` (bool): whether the last layer's features pass the encoder's final norm;
             default as in the library's own output. `fit_windows` (bool, TinyViT only): no padding in the
-            attention windows of small images.
+            attention windows of small images. `native` (mapping): images keep their own aspect ratio and
+            resolution, packed (docs/native_resolution.md). `navit:` has options of its own.
     Raises:
         UserError: unknown names, weights that cannot be had or do not fit, a size of no whole patches.
     """
@@ -94,13 +97,19 @@ def build_tower(
 
     source = parse_source(weights)
     known = list(inspect.signature(build).parameters)[3:]
-    for option in options or {}:
+    options = dict(options or {})
+    native = None if "native" in known else options.pop("native", None)
+    for option in options:
         if option not in known:
             raise UserError(
                 f"unknown option '{option}' of '{model}'{nearest(option, known) or ':'} "
-                f"known are {', '.join(known)}"
+                f"known are {', '.join(dict.fromkeys([*known, 'native']))}"
             )
     with seeded(source):
-        tower = build(name, source, image_size, **dict(options or {}))
+        tower = build(name, source, image_size, **options)
+    if native is not None and native is not False:
+        from vlm_adapt.vision.navit_hf import make_native
+
+        tower = make_native(tower, native, model, image_size)
     silence(tower)
     return tower.to(dtype).eval() if dtype is not None else tower.float().eval()
