@@ -14,6 +14,7 @@ import torch
 from vlm_adapt.config.load import validate
 from vlm_adapt.data.encode import Encoded
 from vlm_adapt.data.lanes import LaneCursor, Plan, Source
+from vlm_adapt.data.rows import PaddedRows
 from vlm_adapt.data.stream import Shape, Stream
 
 OPTIONS = {"image_size": (2, 2), "tokens_per_image": 1}
@@ -25,7 +26,10 @@ class Numbers:
     def __init__(self, bad: int = 0):
         self.bad = bad
 
-    def training(self, number, epoch, position, account):
+    def place(self, number):
+        return str(number)
+
+    def training(self, number, epoch, position, account, texts=None, apart=False):
         if self.bad and number % self.bad == self.bad - 1:
             account.refuse(str(number), "bad")
             return []
@@ -49,7 +53,7 @@ def told(batch) -> list[tuple[int, int, int]]:
 def steps_of(plan, ranks, accumulation, per_device, count, workers=0, cursor=None, bad=0):
     """For each step what each rank read, microbatch by microbatch, and the cursor after it."""
     streams = [
-        Stream(Numbers(bad), plan, Shape(per_device, accumulation, rank, ranks), OPTIONS, workers)
+        Stream(Numbers(bad), PaddedRows(plan), Shape(per_device, accumulation, rank, ranks), OPTIONS, workers)
         for rank in range(ranks)
     ]
     parts = [list(stream.steps(cursor or LaneCursor(), count)) for stream in streams]
@@ -114,12 +118,12 @@ def test_any_cursor_goes_on_in_any_shape():
 def test_what_was_read_ahead_is_read_again():
     """Workers are ahead of training; the cursor of a step is not."""
     plan = Plan([40], seed=3)
-    stream = Stream(Numbers(), plan, Shape(2, 1), OPTIONS, workers=2)
+    stream = Stream(Numbers(), PaddedRows(plan), Shape(2, 1), OPTIONS, workers=2)
     steps = stream.steps(LaneCursor(), 15)
     first = [next(steps) for _ in range(4)]
     assert first[-1].cursor == LaneCursor(0, 8)
     steps.close()
-    again = list(Stream(Numbers(), plan, Shape(2, 1), OPTIONS).steps(first[-1].cursor, 1))
+    again = list(Stream(Numbers(), PaddedRows(plan), Shape(2, 1), OPTIONS).steps(first[-1].cursor, 1))
     assert [position for _, _, position in told(again[0].batches[0])] == [8, 9]
 
 

@@ -92,6 +92,11 @@ class Reader:
         """What the shards' indexes found wrong."""
         return [problem for one in self.sets for problem in one.problems]
 
+    @property
+    def remote(self) -> bool:
+        """Whether some shards are not local files."""
+        return any(getattr(one, "remote", False) for one in self.sets)
+
     def counts(self, source: int) -> tuple[int, ...]:
         """Samples of each shard of a source, as far as its settings leave them in."""
         ends = [0, *accumulate(self.sets[source].counts)]

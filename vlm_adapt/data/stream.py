@@ -1,32 +1,32 @@
 """The stream of optimizer steps: global batches in one fixed order, cut for ranks and microbatches.
 
-Knows the plan's order, batch sizes and worker processes; knows nothing about models. The global batch
-of a step is a run of the plan's order, whatever the number of ranks and workers, and every step
-carries the cursor to go on after it: what was prefetched and not trained on is read again.
+Knows rows, batch sizes and worker processes; knows nothing about models. The global batch of a step
+follows from the plan, whatever the number of ranks and workers, and every step carries the cursor to go
+on after it: what was prefetched and not trained on is read again.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from typing import Any, Generic
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from vlm_adapt.data.collate import Batch, collate
-from vlm_adapt.data.lanes import LaneCursor, Plan
 from vlm_adapt.data.problems import Account
 from vlm_adapt.data.reader import Reader
+from vlm_adapt.data.rows import Cursor, Row, Rows
+from vlm_adapt.data.workers import Ahead, Workers, tell_what_is_read
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a global batch is cut: microbatch m of rank r holds samples (m * ranks + r) * size onwards."""
+    """How a global batch is cut: microbatch m of rank r holds rows (m * ranks + r) * size onwards."""
 
     per_device: int
     accumulation: int
@@ -35,38 +35,56 @@ class Shape:
 
     @property
     def global_batch(self) -> int:
-        """Samples an optimizer step takes from the stream."""
+        """Rows an optimizer step takes from the stream."""
         return self.per_device * self.accumulation * self.ranks
+
+    def places(self, microbatch: int) -> range:
+        """This rank's places in the global batch."""
+        first = (microbatch * self.ranks + self.rank) * self.per_device
+        return range(first, first + self.per_device)
 
 
 @dataclass
-class Step:
-    """What one rank trains on in one optimizer step."""
+class Step(Generic[Cursor]):
+    """What one rank trains on in one optimizer step.
+
+    Attributes:
+        cursor: where the stream goes on after it.
+        epoch: that the cursor is in.
+        wait: seconds that training waited for it.
+    """
 
     batches: list[Batch]
-    cursor: LaneCursor
+    cursor: Cursor
+    epoch: int
     account: Account
     wait: float = 0.0
 
 
-Job = tuple[int, tuple[tuple[int, int], ...]]  # epoch, (position, sample number) of a microbatch
-
-
-class _Jobs(Dataset[tuple[Batch, Account]]):
-    """Makes a microbatch of a job; runs in worker processes."""
+class Microbatches(Dataset[tuple[Batch, Account]]):
+    """Makes a microbatch of its rows; runs in worker processes."""
 
     def __init__(self, reader: Reader, options: dict[str, Any]):
         self.reader, self.options = reader, options
 
-    def __getitem__(self, job: Any) -> tuple[Batch, Account]:
-        epoch, places = job
-        account, rows = Account(), []
-        for position, number in places:
-            rows += self.reader.training(number, epoch, position, account)
-        return collate(rows, samples=account.used, **self.options), account
+    def __getitem__(self, rows: Any) -> tuple[Batch, Account]:
+        account, made = Account(), []
+        for row in rows:
+            row_texts: list[Any] = []
+            for unit in row:
+                tell_what_is_read(self.reader, unit.number)
+                texts = self.reader.training(
+                    unit.number, unit.epoch, unit.position, account, unit.texts, unit.apart
+                )
+                row_texts += texts if unit.texts is not None else [[text] for text in texts]
+            if row and row[0].texts is None:
+                made += row_texts  # each text has a row of its own
+            elif row:
+                made.append(row_texts)
+        return collate(made, samples=account.used, **self.options), account
 
 
-class Stream:
+class Stream(Generic[Cursor]):
     """Steps from a cursor on.
 
     Args:
@@ -74,75 +92,53 @@ class Stream:
         workers: processes that read ahead; 0 reads in this one.
     """
 
-    def __init__(self, reader: Reader, plan: Plan, shape: Shape, options: dict[str, Any], workers: int = 0):
-        self.reader, self.plan, self.shape, self.workers = reader, plan, shape, workers
-        self.dataset = _Jobs(reader, options)
+    def __init__(
+        self, reader: Reader, rows: Rows[Cursor], shape: Shape, options: dict[str, Any], workers: int = 0
+    ):
+        self.reader, self.rows, self.shape, self.workers = reader, rows, shape, workers
+        self.dataset = Microbatches(reader, options)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last one takes what is left."""
-        return -(-len(self.plan) // self.shape.global_batch)
+        """Optimizer steps that show every sample once."""
+        return self.rows.steps_per_epoch(self.shape.global_batch)
 
-    def _cuts(self, cursor: LaneCursor) -> Iterator[tuple[LaneCursor, list[Job]]]:
+    def _cuts(self, cursor: Cursor, count: int) -> Iterator[tuple[Cursor, list[tuple[Row, ...]]]]:
+        """For each step the cursor after it and this rank's microbatches.
+
+        Ranks cut the same order on their own, so nothing needs to be sent between them.
+        """
         shape = self.shape
-        while True:
-            epoch, position = cursor.epoch, cursor.position
-            if position >= len(self.plan):
-                epoch, position = epoch + 1, 0
-            numbers, cursor = self.plan.take(LaneCursor(epoch, position), shape.global_batch, wrap=False)
-            places = [(position + offset, number) for offset, number in enumerate(numbers)]
-            jobs = []
-            for microbatch in range(shape.accumulation):
-                first = (microbatch * shape.ranks + shape.rank) * shape.per_device
-                jobs.append((epoch, tuple(places[first : first + shape.per_device])))
-            yield cursor, jobs
-
-    def steps(self, cursor: LaneCursor, count: int) -> Iterator[Step]:
-        """`count` steps after the cursor."""
-        # Ranks cut the same order on their own, so nothing needs to be sent between them.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        cuts, ahead = self._cuts(cursor), self._cuts(cursor)
-
-        def jobs() -> Iterator[Job]:
-            for _ in range(count):
-                yield from next(ahead)[1]
-
-        loader = iter(
-            DataLoader(
-                self.dataset,
-                batch_size=None,
-                sampler=_Once(jobs()),
-                num_workers=self.workers,
-                prefetch_factor=4 if self.workers else None,
-                generator=torch.Generator(),  # else it draws from the state that dropout goes on from
-                worker_init_fn=_outlive_a_signal,
-            )
-        )
+        places = [shape.places(microbatch) for microbatch in range(shape.accumulation)]
+        mine = [place for part in places for place in part]
         for _ in range(count):
-            after, mine = next(cuts)
-            account, batches, started = Account(), [], time.perf_counter()
-            for _ in mine:
-                batch, part = next(loader)
-                batches.append(batch)
-                account.merge(part)
-            yield Step(batches, after, account, time.perf_counter() - started)
+            rows, cursor = self.rows.take(cursor, shape.global_batch, mine)
+            yield cursor, [tuple(rows[part.start : part.stop]) for part in places]
 
+    def steps(self, cursor: Cursor, count: int) -> Iterator[Step[Cursor]]:
+        """`count` steps after the cursor.
 
-def _outlive_a_signal(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach workers too; the run still needs them for its last step."""
+        Raises:
+            UserError: a worker process died again at the sample at which one died before.
+        """
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        after: deque[Cursor] = deque()
 
-    def once(number: int, frame: FrameType | None) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        def jobs() -> Iterator[tuple[Row, ...]]:
+            for place, microbatches in self._cuts(cursor, count):
+                after.append(place)
+                yield from microbatches
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, once)
-
-
-class _Once:
-    """An iterator that DataLoader takes for a sampler."""
-
-    def __init__(self, items: Iterator[Job]):
-        self.items = items
-
-    def __iter__(self) -> Iterator[Job]:
-        return self.items
+        workers = Workers(self.dataset, self.workers, pin=torch.cuda.is_available())
+        # Measuring texts for packing reads shards: not in the moment when training asks for a batch.
+        with Ahead(jobs(), 4 * self.workers) as ahead:
+            made = workers.run(ahead)
+            for _ in range(count):
+                account, batches, started = Account(), [], time.perf_counter()
+                for _ in range(self.shape.accumulation):
+                    batch, part = next(made)
+                    batches.append(batch)
+                    account.merge(part)
+                place = after.popleft()
+                wait = time.perf_counter() - started
+                yield Step(batches, place, self.rows.epoch(place), account, wait)

@@ -85,9 +85,9 @@ class Journal:
                 file.close()
 
 
-def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal's lines; a last line cut off by a kill is left out."""
-    path = folder / FILE
+def read_journal(folder: Path, file: str = FILE) -> list[dict[str, Any]]:
+    """The lines of the journal (or of another such file); a last line cut off by a kill is left out."""
+    path = folder / file
     if not path.is_file():
         return []
     lines = []
@@ -99,19 +99,19 @@ def read_journal(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def rewind(folder: Path, step: int) -> int:
+def rewind(folder: Path, step: int, file: str = FILE) -> int:
     """Drop lines of steps after `step`, which will be taken again.
 
     Returns:
         How many step lines were dropped.
     """
-    lines = read_journal(folder)
+    lines = read_journal(folder, file)
     kept = [line for line in lines if line.get("step", 0) <= step]
-    temporary = folder / (FILE + ".tmp")
+    temporary = folder / (file + ".tmp")
     temporary.write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8"
     )
-    os.replace(temporary, folder / FILE)
+    os.replace(temporary, folder / file)
     return sum("event" not in line for line in lines) - sum("event" not in line for line in kept)
 
 

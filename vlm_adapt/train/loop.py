@@ -18,9 +18,8 @@ import torch
 from vlm_adapt import dist
 from vlm_adapt.choices import nearest
 from vlm_adapt.config.schema import Run
-from vlm_adapt.data.lanes import LaneCursor, Plan, Source
 from vlm_adapt.data.problems import Account
-from vlm_adapt.data.stream import Shape, Step, Stream
+from vlm_adapt.data.stream import Step
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.progress import Told
 from vlm_adapt.evaluate.run import evaluate
@@ -28,15 +27,15 @@ from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.train import checkpoint
+from vlm_adapt.train.budget import Budget
 from vlm_adapt.train.contract import Contract
 from vlm_adapt.train.engine import Engine
+from vlm_adapt.train.feed import build_feed
 from vlm_adapt.train.journal import Journal
 from vlm_adapt.train.optim import rate_factor
 from vlm_adapt.train.prepare import cache_features, calibrate
 from vlm_adapt.train.progress import Progress
 from vlm_adapt.train.signals import Signals
-
-ENOUGH_TO_JUDGE = 50  # samples read before a share of refusals can stop a run
 
 
 @dataclass
@@ -77,27 +76,13 @@ class StageLoop:
         train = stage_run.train
         if not stage_run.data.train:
             raise UserError(f"stage '{stage_name}' has nothing to train on: give data.train shards")
-        reader = assembled.reader(stage_run.data.train, run.seed, stage_run.data)
-        sources = [
-            Source(reader.counts(number), source.weight) for number, source in enumerate(stage_run.data.train)
-        ]
-        if reader.problems and not any(sum(source.counts) for source in sources):
-            first = reader.problems[0]
-            raise UserError(f"nothing can be read from data.train: {first.shard}: {first.reason}")
-        plan = Plan(sources, run.seed + totals.stage, stage_run.data.lanes, stage_run.data.shuffle)
-        shape = Shape(
-            train.per_device_train_batch_size,
-            train.gradient_accumulation_steps,
-            dist.rank(),
-            dist.world_size(),
-        )
-        options = assembled.collate_options | {"multiple": 8 if torch.cuda.is_available() else 1}
-        self.stream = Stream(reader, plan, shape, options, stage_run.data.workers)
+        feed = build_feed(assembled, run, stage_run, totals.stage)
+        reader, self.stream, self.rows = feed.reader, feed.stream, feed.rows
         self.total = train.max_steps or max(1, round(train.num_train_epochs * self.stream.steps_per_epoch))
         assembled.model.objective = OBJECTIVES.check(train.objective)
         if train.gradient_checkpointing:
             assembled.model.set_activation_checkpointing(True)
-        calibrate(assembled, reader, plan)
+        calibrate(assembled, reader, feed.plan)
         assert assembled.plan is not None
         groups = assembled.plan.groups(train.learning_rate)
         declared = [pair for _, _, pairs in groups for pair in pairs]
@@ -105,19 +90,21 @@ class StageLoop:
         self.engine = Engine(assembled.model, groups, train, assembled.dtype)
         self.contract.start()
         cache_features(assembled, train.cache_features, self.engine.stage)
-        self.cursor = LaneCursor()
+        self.cursor = self.rows.start()
         # The main rank carries the account of the steps before; the others' is added at every save.
         before = Account.from_dict(totals.account)
         self.account = before if dist.is_main() else Account()
-        self.judged = [float(n) for n in (before.read, before.used, before.refusals)]  # of all ranks
+        lost = len(reader.problems)
+        self.budget = Budget(stage_run.data, reader.names, before, lost, self.output)
+        self.unread: list[tuple[str, str, str]] = []
         if resume is not None:
             state, folder = resume
-            self.cursor = plan.resume(state["cursor"])
+            self.cursor = self.rows.resume(state["cursor"], self.stream.shape.global_batch)
             self.engine.load_moments(checkpoint.read_moments(folder), state["optimizer_step"])
             checkpoint.restore_random(folder, state, run.seed)
         else:
             torch.manual_seed(hash((run.seed, totals.stage, dist.rank())) % 2**63)
-            self.judged[2] += len(reader.problems)
+            self.unread = [(one.shard, one.key, one.reason) for one in reader.problems]
             if dist.is_main():
                 self.account.lose_all(reader.problems)
         self.saved_at = -1
@@ -131,6 +118,7 @@ class StageLoop:
         """
         totals, train = self.totals, self.stage_run.train
         todo = self.total - totals.stage_step
+        self.budget.write(totals.step, self.unread)
         progress = Progress(self.name, self.total, totals.stage_step, quiet=not dist.is_main())
         with progress:
             for step in self.stream.steps(self.cursor, todo):
@@ -158,12 +146,13 @@ class StageLoop:
         counts = [
             float(sum(len(batch.targets_N) for batch in step.batches)),
             float(sum(batch.tokens for batch in step.batches)),
+            float(sum(batch.ids_BT.numel() for batch in step.batches)),
             float(step.account.used),
-            float(step.account.read),
-            float(step.account.refusals),
             float(self.signals.asked),
         ]
-        learned, tokens, used, read, refused, stop = dist.total(counts)
+        learned, tokens, places, used, stop, *by_source = dist.total(
+            counts + self.budget.counts(step.account)
+        )
         # 2 forward and backward, 3 update
         engine.module.train()
         loss_sum, norm = 0.0, 0.0
@@ -174,31 +163,34 @@ class StageLoop:
             norm = engine.step(rate_factor(totals.stage_step, self.total, train), boundary=last) or norm
         self.contract.after_step()
         # 4 account
-        self.account.merge(step.account)
         self.cursor = step.cursor
         loss = dist.total([loss_sum])[0] / max(1.0, learned)
         totals.step += 1
         totals.stage_step += 1
         totals.samples += int(used)
         totals.tokens += int(tokens)
-        self.judged = [a + b for a, b in zip(self.judged, (read, used, refused), strict=True)]
+        self.budget.add(by_source, step.account, totals.step)
+        self.account.merge(step.account)
         self._check(loss, norm)
         seconds = time.perf_counter() - started + step.wait
         line = {
             "step": totals.step,
             "stage": self.name,
-            "epoch": step.cursor.epoch,
+            "epoch": step.epoch,
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": engine.rates(),
             "samples": totals.samples,
             "tokens": totals.tokens,
             "learned_tokens": int(learned),
+            "useful_tokens": round(tokens / max(1.0, places), 4),
             "tokens_per_second": round(tokens / seconds, 1),
             "memory": _memory(),
             "data_wait": round(step.wait, 4),
             "seconds": round(seconds, 4),
         }
+        if len(self.budget.names) > 1:
+            line["sources"] = self.budget.shares()
         return line, bool(stop)
 
     def _check(self, loss: float, norm: float) -> None:
@@ -209,16 +201,8 @@ class StageLoop:
                     f"the {what} became {value} at step {self.totals.step}: lower the learning rate; "
                     f"checkpoints of earlier steps are in '{self.output}'"
                 )
-        read, used, refused = self.judged
-        share = self.stage_run.data.max_refused
-        nothing = used == 0 and self.totals.stage_step == self.total
-        if nothing or (read >= ENOUGH_TO_JUDGE and refused > share * read):
-            reasons = ", ".join(f"{n} x {why}" for why, n in self._whole_account().refused.items())
-            limit = "so nothing was learned" if nothing else f"over data.max_refused {share}"
-            raise UserError(
-                f"{refused:.0f} of {read:.0f} samples were refused ({reasons}), {limit}: "
-                "`vlm-adapt shards inspect` names them"
-            )
+        if self.budget.total("used") == 0 and self.totals.stage_step == self.total:
+            self.budget.stop("every sample was refused, so nothing was learned")
 
     def _whole_account(self) -> Account:
         merged = Account()
@@ -233,7 +217,8 @@ class StageLoop:
         # The merged account becomes the main rank's own; the others start from nothing.
         self.account = merged if dist.is_main() else Account()
         self.totals.account = merged.to_dict()
-        state = asdict(self.totals) | {"cursor": self.stream.plan.state(self.cursor), "stage_name": self.name}
+        cursor = self.rows.state(dist.gather(self.cursor))
+        state = asdict(self.totals) | {"cursor": cursor, "stage_name": self.name}
         keep = self.stage_run.train.save_total_limit
         folder = checkpoint.save(self.output, self.run, self.assembled, self.engine, state, keep)
         self.saved_at = self.totals.step

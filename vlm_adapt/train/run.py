@@ -19,12 +19,13 @@ from typing import Any
 from vlm_adapt import dist
 from vlm_adapt.adapt.plan import check_plan
 from vlm_adapt.config.load import dump
-from vlm_adapt.config.schema import Run
+from vlm_adapt.config.schema import Run, Source
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.files import write_scores
 from vlm_adapt.models.build import Assembled, build, compute_dtype
 from vlm_adapt.models.restore import LATEST, load_trained, read_checkpoint
 from vlm_adapt.train import checkpoint
+from vlm_adapt.train.budget import FILE as REFUSED
 from vlm_adapt.train.engine import zero_settings
 from vlm_adapt.train.journal import Journal, rewind
 from vlm_adapt.train.lock import OutputLock
@@ -88,6 +89,8 @@ def _begin(
     for left in output.glob(".checkpoint-*.partial"):  # a kill came in the middle of writing
         shutil.rmtree(left)
     dropped = rewind(output, found[0]["step"] if found else 0)
+    if (output / REFUSED).is_file():
+        rewind(output, found[0]["step"] if found else -1, REFUSED)
     checkpoint.write_atomically(output / "run.yaml", dump(run))
     journal.open()
     if found is not None:
@@ -152,8 +155,9 @@ def _finish(run: Run, loop: StageLoop, output: Path, folder: Path, journal: Jour
         checkpoint.write_atomically(folder / "state.json", json.dumps(state, indent=1))
 
     checkpoint.on_main(write, f"the scores in '{output}'")
-    if account.refusals or account.truncated:
-        counts = f"{account.used} used, {account.truncated} truncated, {account.refusals} refused"
+    if account.refusals or account.truncated or account.split:
+        counts = f"{account.used} used, {account.truncated} truncated, {account.split} split, "
+        counts += f"{account.refusals} refused"
         say(f"samples: {counts}{'; refused ' + account.named() if account.refusals else ''}")
     seconds = round(time.monotonic() - started, 1)
     journal.event("finish", step=loop.totals.step, seconds=seconds, account=account.to_dict())
@@ -179,7 +183,7 @@ def find_state(run: Run, output: Path) -> tuple[dict[str, Any], Path] | None:
                 f"'{output}' holds a run with another '{key}': choose another output_dir, or start over "
                 "with --fresh"
             )
-    if before.data.train != run.data.train:
+    if _content(before) != _content(run):
         raise UserError(
             f"'{output}' holds a run on other data.train: choose another output_dir, or start over "
             "with --fresh"
@@ -189,6 +193,11 @@ def find_state(run: Run, output: Path) -> tuple[dict[str, Any], Path] | None:
             f"'{output}' holds a finished run of {state['step']} steps: choose another output_dir, or --fresh"
         )
     return state, folder
+
+
+def _content(run: Run) -> list[Source]:
+    """The sources that are trained on, without what may change on the way: names and limits."""
+    return [source.model_copy(update={"name": None, "max_refused": None}) for source in run.data.train]
 
 
 def _check_output(output: Path) -> None:
@@ -202,7 +211,7 @@ def _check_output(output: Path) -> None:
 
 def _clear(output: Path) -> None:
     """Forget an earlier run: pointers first, so that a kill leaves nothing that looks like a run."""
-    for name in (LATEST, "best", "journal.jsonl", "metrics.json", "predictions.jsonl"):
+    for name in (LATEST, "best", "journal.jsonl", REFUSED, "metrics.json", "predictions.jsonl"):
         (output / name).unlink(missing_ok=True)
     for path in output.glob("checkpoint-*"):
         shutil.rmtree(path)
