@@ -163,3 +163,29 @@ def shards_inspect(
             beside = output.with_name(f"{output.stem}-lengths{output.suffix or '.png'}")
             most, batching = feed.run.model.language.max_length, feed.run.data.batching
             print(f"picture: {draw_look(lengths, beside, feed.reader.image_spec.size, most, batching)}")
+
+
+@shards.command("show")
+def shards_show(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A sample's key, or '#17' for its number.")],
+    pattern: Pattern,
+    config: Annotated[Path, typer.Option(help="The run that reads it (no weights are loaded).")],
+    epoch: Annotated[int, typer.Option(min=0, help="Whose draws are shown.")] = 0,
+) -> None:
+    """Print one sample as the model sees it: tokens with ids, what is learned, where images sit."""
+    run = checked_run(config, [], train=False, evaluate=False)
+    from vlm_adapt.data.shards import ShardSet
+
+    found = ShardSet(pattern)
+    from rich.console import Console
+
+    from vlm_adapt.report.feed import open_feed
+    from vlm_adapt.report.show import find, printed, show
+
+    numbers = find(found, key)
+    feed = open_feed(run, [index.path for index in found.indexes])
+    console = Console()
+    printed(show(feed, numbers[0], epoch, console.is_terminal), console)
+    if len(numbers) > 1:
+        others = ", ".join(f"#{number}" for number in numbers[1:6])
+        print(f"{len(numbers)} samples have this key: also {others}")

@@ -28,11 +28,13 @@ class Feed:
         stage: its name.
         run: the run with the stage's differences written in.
         source: the run's own source for these shards where it has one, else its defaults.
+        named: whether the run has one.
     """
 
     stage: str
     run: Run
     source: Source
+    named: bool
     assembled: Assembled
     reader: Reader
 
@@ -46,24 +48,32 @@ def open_feed(run: Run, shards: Sequence[str]) -> Feed:
     Raises:
         UserError: a part of the run cannot be found.
     """
-    stage, staged, source = _source_of(run, shards)
+    stage, staged, source, named = _source_of(run, shards)
     source = source.model_copy(update={"shards": tuple(shards), "limit": None, "keep": None})
     assembled = build_without_weights(staged.model)
     reader = assembled.reader([source], staged.seed, staged.data)
-    return Feed(stage, staged, source, assembled, reader)
+    return Feed(stage, staged, source, named, assembled, reader)
 
 
-def _source_of(run: Run, shards: Sequence[str]) -> tuple[str, Run, Source]:
+def described(feed: Feed) -> str:
+    """Which stage reads the shards, and how it phrases them."""
+    source = feed.source
+    words = [f"stage '{feed.stage}'", f"task {source.task.name}" if source.task else "no task"]
+    words += [] if feed.named else ["the run does not name these shards, so with its defaults"]
+    return ", ".join(words)
+
+
+def _source_of(run: Run, shards: Sequence[str]) -> tuple[str, Run, Source, bool]:
     stages = run.stage_runs()
     for name, staged in reversed(stages):
         for source in (*staged.data.train, *staged.data.evaluate):
             try:
                 if shards[0] in expand(source.shards):
-                    return name, staged, source
+                    return name, staged, source, True
             except UserError:
                 continue  # shards that are not here are none of these
     name, staged = stages[-1]
-    return name, staged, Source(shards=tuple(shards))
+    return name, staged, Source(shards=tuple(shards)), False
 
 
 def build_without_weights(config: Model) -> Assembled:

@@ -15,7 +15,7 @@ from vlm_adapt.data.lanes import shuffled
 from vlm_adapt.data.pack import AHEAD, fill
 from vlm_adapt.data.problems import Account
 from vlm_adapt.data.rows import BATCHES_AT_ONCE
-from vlm_adapt.report.feed import Feed
+from vlm_adapt.report.feed import Feed, described
 
 PACKED_ROWS = 300  # rows after which a packed share no longer moves
 
@@ -125,12 +125,13 @@ def lines(feed: Feed, found: Look) -> list[tuple[str, str]]:
     encoder, run = feed.assembled.encoder, feed.run
     most = run.model.language.max_length
     size = run.train.per_device_train_batch_size
-    rows = [("read as", f"stage '{feed.stage}', batches of {size}, at most {most:,} tokens")]
+    rows = [("read as", f"{described(feed)}; batches of {size}, at most {most:,} tokens")]
     for name, values in (("text", found.text), ("image", found.images), ("learned", found.learned)):
         rows.append((f"{name} tokens", spread(values)))
     if found.sizes:
-        height, width = feed.reader.image_spec.size
-        to = f"{width} x {height}, {encoder.tokens_per_image} tokens each ({feed.reader.image_spec.resize})"
+        spec = feed.reader.image_spec
+        to = f"{spec.size[1]} x {spec.size[0]}, {encoder.tokens_per_image} tokens each ({spec.resize})"
+        to = "grids of their own aspect" if getattr(spec, "native", None) else to
         rows.append(("images become", to))
     account = found.account
     rows.append(
