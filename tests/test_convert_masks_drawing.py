@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vlm_adapt.data.convert.polygons import check_shape, decode_runs, draw, draw_polygons
-from vlm_adapt.data.masks import check_mask, check_values, encode_mask, ignored_value, read_mask
+from vlm_adapt.data.masks import check_mask, check_values, count_values, encode_mask, ignored_value, read_mask
 from vlm_adapt.data.problems import BadSample
 
 # Polygons in an image of 24 x 22 (height x width), and what pycocotools 2.0 makes of them.
@@ -135,6 +135,12 @@ def test_masks_come_back_as_they_were(labels, kind, top):
     read = read_mask(encode_mask(mask_HW, labels))
     assert read.dtype == kind and (read == mask_HW).all()
     assert (read_mask(encode_mask(mask_HW > 1)) == (mask_HW > 1)).all()
+    for shape in ((1, 1), (1, 300), (300, 1), (97, 61)):
+        noise_HW = np.random.default_rng(1).integers(0, np.iinfo(kind).max, shape, kind, endpoint=True)
+        data = encode_mask(noise_HW.T, labels)
+        assert (read_mask(data) == noise_HW.T).all()
+        counts = np.bincount(noise_HW.ravel(), minlength=np.iinfo(kind).max + 1)
+        assert (count_values(noise_HW) == counts).all()
 
 
 def png(mode: str, size=(4, 3)) -> bytes:

@@ -88,11 +88,11 @@ def test_mask_folder_of_colours(tmp_path):
         assert members["json"]["labels"] == ["Building", "Bicyclist"]
         assert (read_mask(members["mask.png"]) == np.array([0, 1, 0, 255])[mask]).all()
     assert conversion.account.refused == {
-        "mask has a value without a label": 1,
+        "mask has a colour without a label": 1,
         "mask of colours is partly transparent or grey": 1,
         "mask has indexes where colours were expected: give a table of indexes": 1,
     }
-    assert "(1, 2, 3) (1 such" in conversion.account.examples["mask has a value without a label"][0]
+    assert "colour (1, 2, 3) (of 1 " in conversion.account.examples["mask has a colour without a label"][0]
     with pytest.raises(UserError, match="share a name: a suffix"):
         cooked("mask_folder", **options)
     # Images and masks side by side.

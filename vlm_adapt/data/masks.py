@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,9 +110,31 @@ def encode_mask(mask_HW: np.ndarray, labels: int = 2) -> bytes:
         mask_HW: any integer or boolean type, values below `labels` or the ignored one of that depth.
         labels: how many there are.
     """
-    buffer = io.BytesIO()
-    PILImage.fromarray(np.ascontiguousarray(mask_HW, depth_for(labels))).save(buffer, "PNG")
-    return buffer.getvalue()
+    kind = depth_for(labels)
+    height, width = mask_HW.shape
+    size = np.dtype(kind).itemsize
+    rows_HB = np.ascontiguousarray(mask_HW, kind).astype(f">u{size}").view(np.uint8).reshape(height, -1)
+    # Each row as its difference to the one above (PNG's filter 2), then runs alone: a third of the time
+    # of PIL's writer, at about its size, because masks are flat.
+    lines_HB = np.full((height, 1 + width * size), 2, np.uint8)
+    lines_HB[0, 1:] = rows_HB[0]
+    np.subtract(rows_HB[1:], rows_HB[:-1], out=lines_HB[1:, 1:])
+    packer = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
+    header = struct.pack(">IIBBBBB", width, height, 8 * size, GREY, 0, 0, 0)
+    packed = packer.compress(lines_HB.data) + packer.flush()
+    return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    check = zlib.crc32(content, zlib.crc32(name))
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
+
+
+def count_values(mask_HW: np.ndarray) -> np.ndarray:
+    """How many pixels have each value: 256 counts, or 65536 for a mask of 16 bits."""
+    if mask_HW.dtype == np.uint8:  # numpy would widen every pixel to 64 bits first
+        return np.array(PILImage.fromarray(mask_HW).histogram())
+    return np.bincount(mask_HW.reshape(-1), minlength=IGNORED_16 + 1)
 
 
 def check_size(mask_size: tuple[int, int], image_size: tuple[int, int]) -> None:
@@ -128,9 +151,8 @@ def check_values(mask_HW: np.ndarray, labels: Sequence[str]) -> None:
         mask_HW: uint8 or uint16, as `read_mask` returns it.
         labels: index = value; "" marks a value that must not occur.
     """
-    counts = np.bincount(mask_HW.reshape(-1), minlength=ignored_value(mask_HW) + 1)
-    ignored = ignored_value(mask_HW)
-    counts[ignored] = 0
+    counts = count_values(mask_HW)
+    counts[ignored_value(mask_HW)] = 0
     found = np.flatnonzero(counts)
     if not found.size:
         raise BadSample("all pixels of the mask are ignored")

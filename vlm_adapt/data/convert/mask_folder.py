@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ import numpy as np
 from vlm_adapt.data.convert.class_table import IGNORED, ClassTable, Value, read_table
 from vlm_adapt.data.convert.common import Conversion, Recipe, existing
 from vlm_adapt.data.convert.masks import Keys, lose_unmatched, read_pair, semantic_members
-from vlm_adapt.data.masks import GREY, PALETTE, depth_for, ignored_value, mask_header, open_mask, read_mask
+from vlm_adapt.data.masks import (
+    GREY,
+    PALETTE,
+    count_values,
+    depth_for,
+    ignored_value,
+    mask_header,
+    open_mask,
+    read_mask,
+)
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
 
@@ -32,13 +41,16 @@ def _files(folder: Path, suffix: str) -> dict[str, Path]:
 
 def from_indexes(mask_HW: np.ndarray, table: ClassTable) -> np.ndarray:
     """Our values_HW of an index mask. Raises BadSample: a value that the table lacks."""
-    ours = np.full(ignored_value(mask_HW) + 1, IGNORED - 1, np.int32)
-    ours[-1] = IGNORED
-    for value, new in table.lookup.items():
-        if isinstance(value, int) and value < len(ours):
-            ours[value] = new
-    values_HW = ours[mask_HW]
-    return _finish(values_HW, table, lambda row, column: str(mask_HW[row, column]))
+    counts = count_values(mask_HW)
+    kind = depth_for(len(table.labels))
+    meant = np.zeros(len(counts), kind)
+    for value in np.flatnonzero(counts).tolist():
+        new = table.lookup.get(value, IGNORED if value == ignored_value(mask_HW) else None)
+        if new is None:
+            detail = f"value {value} ({counts[value]:,} pixels)"
+            raise BadSample("mask has a value without a label", detail)
+        meant[value] = np.iinfo(kind).max if new == IGNORED else new
+    return meant[mask_HW]
 
 
 def from_colours(data: bytes, table: ClassTable) -> np.ndarray:
@@ -55,27 +67,20 @@ def from_colours(data: bytes, table: ClassTable) -> np.ndarray:
         image = image.convert("RGB")
     pixels_HWC = np.asarray(image)
     codes_HW = np.dot(pixels_HWC.astype(np.int32), np.array([65536, 256, 1], np.int32))
-    meant = {_code(value): new for value, new in table.lookup.items()}
-    known = np.array(sorted(meant), np.int32)
-    ours = np.array([meant[code] for code in known.tolist()], np.int32)
+    lookup = sorted((_code(value), new) for value, new in table.lookup.items())
+    known, ours = np.array(lookup).T
     places_HW = np.searchsorted(known, codes_HW).clip(max=len(known) - 1)
-    values_HW = np.where(known[places_HW] == codes_HW, ours[places_HW], IGNORED - 1)
-    return _finish(values_HW, table, lambda row, column: str(tuple(pixels_HWC[row, column].tolist())))
+    unknown_HW = known[places_HW] != codes_HW
+    if unknown_HW.any():
+        colour = tuple(pixels_HWC[unknown_HW][0].tolist())
+        detail = f"colour {colour} (of {int(unknown_HW.sum()):,} such pixels the first)"
+        raise BadSample("mask has a colour without a label", detail)
+    kind = depth_for(len(table.labels))
+    return np.where(ours == IGNORED, np.iinfo(kind).max, ours).astype(kind)[places_HW]
 
 
 def _code(value: Value) -> int:
     return value if isinstance(value, int) else value[0] * 65536 + value[1] * 256 + value[2]
-
-
-def _finish(values_HW: np.ndarray, table: ClassTable, name: Callable[[int, int], str]) -> np.ndarray:
-    """Unknown values refused by name, ignored ones as the depth wants them."""
-    unknown = values_HW == IGNORED - 1
-    if unknown.any():
-        count = int(unknown.sum())
-        row, column = (int(axis) for axis in np.argwhere(unknown)[0])
-        raise BadSample("mask has a value without a label", f"{name(row, column)} ({count:,} such pixels)")
-    kind = depth_for(len(table.labels))
-    return np.where(values_HW == IGNORED, np.iinfo(kind).max, values_HW).astype(kind)
 
 
 def sample(image: Path, mask: Path, table: ClassTable, identity: str) -> dict[str, Any]:
