@@ -15,6 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -137,6 +138,8 @@ class Workers:
             try:
                 for made in loader:
                     owed.popleft()
+                    if isinstance(made, _Told):
+                        raise UserError(made.text)
                     yield made
                 return
             except RuntimeError as error:
@@ -149,7 +152,7 @@ class Workers:
         _Desk.places = multiprocessing.get_context("fork").RawArray(ctypes.c_char, self.count * PLACE_BYTES)
         loader = iter(
             DataLoader(
-                self.dataset,
+                _Guarded(self.dataset),
                 batch_size=None,
                 sampler=_Once(jobs),
                 num_workers=self.count,
@@ -185,6 +188,26 @@ class Workers:
                 "workers more memory; start again to go on from the last checkpoint"
             )
         print(f"{words}, died; others take over and nothing is lost", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A UserError on its way out of a worker; raised there, torch would wrap it in a traceback."""
+
+    text: str
+
+
+class _Guarded(Dataset[Any]):
+    """A dataset that hands out its user's mistakes instead of raising them."""
+
+    def __init__(self, dataset: Dataset[Any]):
+        self.dataset = dataset
+
+    def __getitem__(self, job: Any) -> Any:
+        try:
+            return self.dataset[job]
+        except UserError as error:
+            return _Told(str(error))
 
 
 def _ending(code: int | None) -> str:
