@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from vlm_adapt.language.language import additive_mask
-from vlm_adapt.models.masks import attention_mask
+from vlm_adapt.language.layout import additive_mask, attention_mask
 from vlm_adapt.models.splice import splice
 
 torch.set_num_threads(1)

@@ -1,142 +1,125 @@
-"""Attention on the CPU by plain matrix products, for any model of transformers that lets it be chosen.
+"""Attention on the CPU by plain matrix products: text by text, or all at once under a mask.
 
-Knows transformers' attention interface; knows nothing about towers or languages. Torch's own fused
-attention is slow in bf16 on CPUs, and transformers' eager one copies the scores to float32 and back and
-computes the half of them that causality hides (figures in docs/log.md).
+Knows products and softmax; knows nothing about models. Torch's own fused attention is slow in bf16 on CPUs,
+and transformers' eager one copies the scores to float32 and back and computes what the mask hides (figures in
+docs/log.md).
 
-    B rows, H heads, G key heads, T queries, K keys, D width of a head
+    B rows, H heads, G key heads, T queries, K keys, N tokens of all texts, D width of a head
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-NAME = "vlm_adapt_cpu"
-MORE = ("position_bias", "softcap", "s_aux", "cache")  # what only transformers' own functions can judge
-QUERIES_AT_ONCE = 128  # queries of one product: the keys after its last one are never touched
+from vlm_adapt.attention.texts import Text
 
 
-class _Attention(torch.autograd.Function):
-    """softmax(scale q k' + mask) v, [N, T, D] each with heads in N; keeps the probabilities."""
+class _ByText(torch.autograd.Function):
+    """softmax(scale q k') v of every text, [H, N, D] each, to [N, H, D]; keeps the probabilities."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_NTD: Tensor, k_NKD: Tensor, v_NKD: Tensor, mask: Tensor | None, causal: bool, scale: float
+        ctx: Any,
+        q_HND: Tensor,
+        k_GND: Tensor,
+        v_GND: Tensor,
+        texts: Sequence[Text],
+        scale: float,
+        dropout: float,
     ) -> Tensor:
-        out_NTD = torch.empty(*q_NTD.shape[:2], v_NKD.shape[-1], dtype=q_NTD.dtype)
+        # Scores are rounded once either way; scaling the queries passes over less.
+        q_HND, k_GND, v_GND = (q_HND * scale).contiguous(), k_GND.contiguous(), v_GND.contiguous()
+        heads, count, _ = q_HND.shape
+        out_NHD = q_HND.new_empty(count, heads, v_GND.shape[-1])
         kept = []
-        for rows, keys in _pieces(q_NTD.shape[1], k_NKD.shape[1], causal):
-            scores = torch.bmm(q_NTD[:, rows], k_NKD[:, keys].transpose(1, 2)).mul_(scale)
-            if causal:
-                corner = scores[:, :, rows.start - rows.stop :]  # earlier keys are seen by all of these rows
-                size = rows.stop - rows.start
-                corner.masked_fill_(torch.ones(size, size, dtype=torch.bool).triu_(1), float("-inf"))
-            elif mask is not None:
-                # [B or 1, 1 or H, T, K] over [B, H, T, K]
-                scores.view(-1, *_heads(mask, scores)).add_(mask)
+        for piece in (piece for text in texts for piece in text.pieces):
+            scores = torch.bmm(_folded(q_HND[:, piece.rows], k_GND), k_GND[:, piece.keys].transpose(1, 2))
+            if piece.hidden is not None:
+                by_head = scores.view(heads, -1, scores.shape[-1])
+                by_head[:, :, piece.hidden_at].masked_fill_(piece.hidden, -math.inf)
             probabilities = torch._softmax(scores, -1, False)
-            out_NTD[:, rows] = torch.bmm(probabilities, v_NKD[:, keys])
             kept.append(probabilities)
-        ctx.save_for_backward(q_NTD, k_NKD, v_NKD, *kept)
-        ctx.causal, ctx.scale = causal, scale
-        return out_NTD
+            if dropout:
+                factors = torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout)
+                kept.append(factors)
+                probabilities = probabilities * factors
+            out = torch.bmm(probabilities, v_GND[:, piece.keys])
+            out_NHD[piece.rows] = out.view(heads, -1, out.shape[-1]).transpose(0, 1)
+        ctx.save_for_backward(q_HND, k_GND, v_GND, *kept)
+        ctx.texts, ctx.scale, ctx.dropout = texts, scale, dropout
+        return out_NHD
 
     @staticmethod
-    def backward(ctx: Any, grad_NTD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q_NTD, k_NKD, v_NKD, *kept = ctx.saved_tensors
-        grad_NTD = grad_NTD.contiguous()
-        dq_NTD, dk_NKD, dv_NKD = torch.empty_like(q_NTD), None, None
-        pieces = _pieces(q_NTD.shape[1], k_NKD.shape[1], ctx.causal)
-        # From the last piece, which reaches every key, so that the sums begin whole.
-        for (rows, keys), probabilities in zip(reversed(pieces), reversed(kept), strict=True):
-            grad = grad_NTD[:, rows]
-            dp = torch.bmm(grad, v_NKD[:, keys].transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
-            dq_NTD[:, rows] = torch.bmm(ds, k_NKD[:, keys])
-            if dk_NKD is None or dv_NKD is None:
-                dk_NKD = torch.bmm(ds.transpose(1, 2), q_NTD[:, rows])
-                dv_NKD = torch.bmm(probabilities.transpose(1, 2), grad)
-            else:
-                dk_NKD[:, keys] += torch.bmm(ds.transpose(1, 2), q_NTD[:, rows])
-                dv_NKD[:, keys] += torch.bmm(probabilities.transpose(1, 2), grad)
-        return dq_NTD, dk_NKD, dv_NKD, None, None, None
+    def backward(ctx: Any, grad_NHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q_HND, k_GND, v_GND, *kept = ctx.saved_tensors
+        heads = len(q_HND)
+        # Laid out as the layers that follow backwards want them: token by token.
+        dq_NHD = q_HND.new_empty(q_HND.shape[1], heads, q_HND.shape[2])
+        dk_NGD, dv_NGD = (x.new_empty(x.shape[1], len(x), x.shape[2]) for x in (k_GND, v_GND))
+        for text in reversed(ctx.texts):
+            whole = False  # whether the gradients of this text's keys hold something yet
+            for piece in reversed(text.pieces):
+                rows, keys = piece.rows, piece.keys
+                factors = kept.pop() if ctx.dropout else None
+                probabilities = kept.pop()
+                grad = _folded(grad_NHD[rows].transpose(0, 1), k_GND)
+                dp = torch.bmm(grad, v_GND[:, keys].transpose(1, 2))
+                used = probabilities
+                if factors is not None:
+                    dp, used = dp.mul_(factors), probabilities * factors
+                ds = torch._softmax_backward_data(dp, probabilities, -1, probabilities.dtype)
+                dq = torch.bmm(ds, k_GND[:, keys]).mul_(ctx.scale)
+                dq_NHD[rows] = dq.view(heads, -1, dq.shape[-1]).transpose(0, 1)
+                dk = torch.bmm(ds.transpose(1, 2), _folded(q_HND[:, rows], k_GND)).transpose(0, 1)
+                dv = torch.bmm(used.transpose(1, 2), grad).transpose(0, 1)
+                if whole:
+                    dk_NGD[keys] += dk
+                    dv_NGD[keys] += dv
+                    continue
+                if keys != text.place:  # its last queries do not see all of it
+                    dk_NGD[text.place], dv_NGD[text.place] = 0, 0
+                dk_NGD[keys], dv_NGD[keys] = dk, dv
+                whole = True
+        return *(x.transpose(0, 1) for x in (dq_NHD, dk_NGD, dv_NGD)), None, None, None
 
 
-def _pieces(queries: int, keys: int, causal: bool) -> list[tuple[slice, slice]]:
-    """(queries, keys they may see), in order; all at once when any query may see any key."""
-    if not causal:
-        return [(slice(0, queries), slice(0, keys))]
-    starts = range(0, queries, QUERIES_AT_ONCE)
-    ends = [min(queries, start + QUERIES_AT_ONCE) for start in starts]
-    return [(slice(start, end), slice(0, end)) for start, end in zip(starts, ends, strict=True)]
+def _folded(x_HTD: Tensor, k_GND: Tensor) -> Tensor:
+    """The queries of all heads that share a key head one after another: [G, H/G * T, D]."""
+    return x_HTD.reshape(len(k_GND), -1, x_HTD.shape[-1])
 
 
-def _heads(mask: Tensor, scores: Tensor) -> tuple[int, int, int]:
-    """(heads, T, K) that turn scores [B*H, T, K] into what a mask [B, 1, T, K] broadcasts over."""
-    return len(scores) // len(mask), *scores.shape[1:]
+def by_text(
+    query: Tensor, key: Tensor, value: Tensor, texts: Sequence[Text], scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention of texts that lie one after another in all rows together.
 
-
-def attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **more: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, T, D], key and value [B, G, K, D].
+    Args:
+        query: [B, H, T, D]; key and value [B, G, T, D].
+        texts: that make up the B*T tokens.
 
     Returns:
-        [B, T, H, D], and no weights.
+        [B, T, H, D]
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    batch, heads, queries, width = query.shape
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and queries > 1 and attention_mask is None
-    odd = dropout > 0 or (causal and queries != key.shape[2]) or any(more.get(n) is not None for n in MORE)
-    if odd or (attention_mask is not None and attention_mask.shape[1] != 1) or query.device.type != "cpu":
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
-        )
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
-    if heads != key.shape[1]:
-        repeats = heads // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if attention_mask is not None:
-        attention_mask = attention_mask.expand(batch, -1, -1, -1)[..., : key.shape[2]]
-        if attention_mask.dtype == torch.bool:
-            lowest = torch.finfo(query.dtype).min
-            attention_mask = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(
-                ~attention_mask, lowest
-            )
-    scale = width**-0.5 if scaling is None else scaling
-    flat = (tensor.flatten(0, 1) for tensor in (query, key, value))
-    out_NTD = _Attention.apply(*flat, attention_mask, causal, scale)
-    return out_NTD.unflatten(0, (batch, heads)).transpose(1, 2).contiguous(), None
+    flat = (tensor.transpose(0, 1).flatten(1, 2) for tensor in (query, key, value))
+    return _ByText.apply(*flat, texts, scale, dropout).unflatten(0, (len(query), query.shape[2]))
 
 
-def register() -> str:
-    """Make it known to transformers; masks are made as for its SDPA. Returns its name there."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    return NAME
-
-
-def fits(model_class: Any, config: Any) -> bool:
-    """Whether a model's attention is this plain one: no cap on the scores, no sinks, chosen by name."""
-    capped = getattr(config, "attn_logit_softcapping", None)
-    supported = all(
-        getattr(model_class, flag, False) for flag in ("_supports_attention_backend", "_supports_sdpa")
-    )
-    return supported and not capped
+def by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Attention with a mask [B or 1, 1 or H, T, K], boolean or added to the scores."""
+    batch, heads, queries, _ = query.shape
+    groups = key.shape[1]
+    folded = query.reshape(batch * groups, -1, query.shape[-1]) * scale
+    scores = torch.bmm(folded, key.flatten(0, 1).transpose(1, 2)).view(batch, heads, queries, -1)
+    mask = mask[..., : key.shape[2]]
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask.to(scores.dtype)
+    probabilities = scores.softmax(-1).view(batch * groups, -1, scores.shape[-1])
+    out = torch.bmm(probabilities, value.flatten(0, 1)).view(batch, heads, queries, -1)
+    return out.transpose(1, 2).contiguous()

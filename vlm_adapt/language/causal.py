@@ -1,26 +1,33 @@
 """Decoder-only language models: whatever AutoModelForCausalLM loads.
 
 Knows how to call a transformers decoder with embeddings and a mask of its own; knows nothing about
-images.
+images. What a batch's texts need, and what the device has, decides how attention is computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from vlm_adapt.attention import NAME, kernels
+from vlm_adapt.attention.guard import texts_must_arrive
+from vlm_adapt.attention.interface import FLASH
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.decode import decode
-from vlm_adapt.language.language import Generation, Language, LanguageInput, additive_mask
+from vlm_adapt.language.language import Generation, Language, LanguageInput
+from vlm_adapt.language.layout import Layout, additive_mask, near
+from vlm_adapt.language.packing import check_packing
 
 
 class CausalLanguage(Language):
     """A causal language model; `LanguageInput.allow_BTT` may open parts of it both ways (prefix-LM)."""
 
     seq2seq = False
+    packing_checked = False  # whether this model was seen to keep the texts of a row apart
 
     @property
     def decoder(self) -> nn.Module:
@@ -34,18 +41,93 @@ class CausalLanguage(Language):
         return list(block_list(self.decoder, self.config.num_hidden_layers))
 
     def hidden(self, inputs: LanguageInput) -> Tensor:
-        """Last hidden states [B, T, D]."""
+        """Last hidden states [B, T, D]; where texts can be worked off one after another, 0 at padding.
+
+        Raises:
+            UserError: several texts share a row and the model cannot keep them apart.
+        """
+        layout, name = inputs.layout, self.config._attn_implementation
+        if layout is None:
+            return self._run(inputs, use_cache=False).last_hidden_state
+        if layout.packed and not self.packing_checked:
+            self.packing_checked = True
+            check_packing(self)
+        if name == FLASH and layout.causal:
+            return self._flat(inputs, layout, flash=True)
+        if name == NAME and self._by_text(inputs.embeds_BTD, layout):
+            return self._flat(inputs, layout, flash=False)
+        if not layout.plain and (name == "flex_attention" or (name == NAME and self._by_blocks(inputs))):
+            masks = self._by_kind(layout.block_mask, layout.longest)
+            return self._run(inputs, masks, use_cache=False).last_hidden_state
         return self._run(inputs, use_cache=False).last_hidden_state
 
-    def _run(self, inputs: LanguageInput, **more: Any) -> Any:
+    def _shapes(self, embeds_BTD: Tensor) -> tuple[Any, ...]:
+        """What a kernel must be able to do: heads, key heads, width, dtype, device."""
+        config, device = self.config, embeds_BTD.device
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        dtype = embeds_BTD.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return heads, getattr(config, "num_key_value_heads", None) or heads, width, dtype, device
+
+    def _drops(self) -> bool:
+        """Whether attention is dropped out, which no kernel of texts or blocks does."""
+        names = ("attention_dropout", "attn_pdrop", "attn_dropout")
+        return self.training and any(getattr(self.config, name, None) for name in names)
+
+    def _by_text(self, embeds_BTD: Tensor, layout: Layout) -> bool:
+        """Whether texts can be worked off one after another, without padding between them."""
+        if embeds_BTD.device.type == "cpu":
+            return len(layout.places_N) > 0  # a rank without a share runs its row of padding
+        windows = bool(getattr(self.config, "sliding_window", None))
+        if not layout.causal or self._drops() or not len(layout.places_N):
+            return False
+        return kernels.usable(*self._shapes(embeds_BTD), windows) is not None
+
+    def _by_blocks(self, inputs: LanguageInput) -> bool:
+        """Whether FlexAttention works here, which skips blocks of what nobody sees."""
+        embeds_BTD = inputs.embeds_BTD
+        can = getattr(type(self.model), "_supports_flex_attn", False) and not self._drops()
+        return can and embeds_BTD.is_cuda and kernels.flex_usable(*self._shapes(embeds_BTD))
+
+    def _flat(self, inputs: LanguageInput, layout: Layout, flash: bool) -> Tensor:
+        """All texts as one row without padding; their places in the batch are found again afterwards."""
+        embeds_BTD, places_N = inputs.embeds_BTD, layout.places_N
+        batch, length, _ = embeds_BTD.shape
+        embeds_ND = embeds_BTD.flatten(0, 1)
+        padded = len(places_N) < len(embeds_ND)
         mask: Any = None
-        if inputs.allow_BTT is not None:
-            keys_BK = inputs.positions_BT
+        more: dict[str, Any] = {}
+        if flash:
+            starts_S = torch.tensor(layout.starts, dtype=torch.int32, device=embeds_ND.device)
+            more = {"cu_seq_lens_q": starts_S, "cu_seq_lens_k": starts_S}
+            more |= {"max_length_q": layout.longest, "max_length_k": layout.longest}
+        else:
+            dtype = self._shapes(embeds_BTD)[3]
+            mask = self._by_kind(lambda window: layout.text_mask(dtype, window), layout.longest)
+        with texts_must_arrive():
+            hidden_ND = self.decoder(
+                inputs_embeds=(embeds_ND[places_N] if padded else embeds_ND)[None],
+                attention_mask=mask,
+                position_ids=layout.flat(layout.positions_BT)[None],
+                use_cache=False,
+                **more,
+            ).last_hidden_state[0]
+        if padded:
+            nothing_PD = hidden_ND.new_zeros(batch * length, hidden_ND.shape[-1])
+            hidden_ND = nothing_PD.index_copy(0, places_N, hidden_ND)
+        return hidden_ND.unflatten(0, (batch, length))
+
+    def _run(self, inputs: LanguageInput, mask: Any = None, **more: Any) -> Any:
+        allow_BTT, positions_BT = inputs.seen_BTT if mask is None else None, inputs.positions_BT
+        if allow_BTT is not None:
+            keys_BK = positions_BT
             if keys_BK is None:
-                keys_BK = torch.arange(inputs.allow_BTT.shape[-1], device=inputs.allow_BTT.device)[None]
-            mask = self._masks(inputs.allow_BTT, keys_BK, keys_BK, inputs.embeds_BTD.dtype)
+                keys_BK = torch.arange(allow_BTT.shape[-1], device=allow_BTT.device)[None]
+            mask = self._masks(allow_BTT, keys_BK, keys_BK, inputs.embeds_BTD.dtype)
         return self.decoder(
-            inputs_embeds=inputs.embeds_BTD, attention_mask=mask, position_ids=inputs.positions_BT, **more
+            inputs_embeds=inputs.embeds_BTD, attention_mask=mask, position_ids=positions_BT, **more
         )
 
     def _masks(self, allow_BQK: Tensor, queries_BQ: Tensor, keys_BK: Tensor, dtype: torch.dtype) -> Any:
@@ -59,17 +141,27 @@ class CausalLanguage(Language):
                 f"attention '{self.config._attn_implementation}' takes no mask, which branches, a two-way "
                 "prompt and padded prompts need: set model.language.attention to 'sdpa'"
             )
+
+        def mask(window: int) -> Tensor:
+            close_BQK = allow_BQK & near(queries_BQ, keys_BK, window) if window else allow_BQK
+            return additive_mask(close_BQK, dtype)
+
+        return self._by_kind(mask, allow_BQK.shape[-1])
+
+    def _by_kind(self, make: Callable[[int], Any], longest: int) -> Any:
+        """The mask that `make` gives for a window (0 for none), or one by kind of layer.
+
+        Args:
+            longest: tokens of which none is out of sight in a window of as many.
+        """
         kinds = set(getattr(self.config, "layer_types", None) or ())
         window = int(getattr(self.config, "sliding_window", None) or 0)
-        windowed = 0 < window < allow_BQK.shape[-1] and kinds != {"full_attention"}
-        mask = additive_mask(allow_BQK, dtype)
-        if not windowed:
-            return mask
-        near = additive_mask(allow_BQK & ((queries_BQ[:, :, None] - keys_BK[:, None, :]) < window), dtype)
+        if not 0 < window < longest or kinds == {"full_attention"}:
+            return make(0)
         if not kinds:  # Mistral, Phi-3: every layer has the window
-            return near
-        masks = {"full_attention": mask, "sliding_attention": near}
-        return {kind: masks[kind] for kind in kinds}
+            return make(window)
+        windows = {"full_attention": 0, "sliding_attention": window}
+        return {kind: make(windows[kind]) for kind in kinds}
 
     @torch.no_grad()
     def generate(self, inputs: LanguageInput, settings: Generation, stop_ids: set[int]) -> list[list[int]]:
@@ -97,7 +189,7 @@ class CausalLanguage(Language):
         if branches_BK is None:
             branches_BK = torch.zeros_like(keys_BK)
         branch_BW, next_BW = branches_BK.gather(1, at_BW), keys_BK.gather(1, at_BW) + 1
-        masked = inputs.allow_BTT is not None or not bool(valid_BK.all()) or writers_BW.shape[1] > 1
+        masked = inputs.seen_BTT is not None or not bool(valid_BK.all()) or writers_BW.shape[1] > 1
 
         # A cache that drops what leaves a window would drop the tokens of the wrong branch or row: it
         # goes by place in the row, and padding and other branches' tokens take places too.

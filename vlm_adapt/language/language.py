@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vlm_adapt.language.layout import Layout
 from vlm_adapt.language.loss import cross_entropy
 
 LOGIT_ROWS_AT_ONCE = 4096  # rows of logits held at a time: at 150 k words, 2.4 GB in float32
@@ -27,12 +28,13 @@ class LanguageInput:
     Attributes:
         embeds_BTD: text embeddings with image and state tokens already in their places.
         valid_BT: False at padding.
-        allow_BTT: who sees whom, [b, query, key]; None when every row is plain causal text padded on
-            the right, which backends handle without a mask.
+        allow_BTT: who sees whom, [b, query, key], where no layout says it; without either every row is
+            plain causal text padded on the right, which backends handle without a mask.
         positions_BT: position of each token in its own sample; None counts from 0.
         decoder_ids_BU: what the decoder reads (encoder-decoder only).
         branches_BT, writers_BW: for generation: each token's branch, and the positions after which
             answers begin (-1 where a row has fewer).
+        layout: where texts lie and who sees whom in them.
     """
 
     embeds_BTD: Tensor
@@ -42,6 +44,14 @@ class LanguageInput:
     decoder_ids_BU: Tensor | None = None
     branches_BT: Tensor | None = None
     writers_BW: Tensor | None = None
+    layout: Layout | None = None
+
+    @property
+    def seen_BTT(self) -> Tensor | None:
+        """Who sees whom, as a table; None for plain causal text padded on the right."""
+        if self.layout is None:
+            return self.allow_BTT
+        return None if self.layout.plain else self.layout.allow_BTT
 
 
 @dataclass
@@ -159,10 +169,3 @@ class Language(nn.Module):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
-
-
-def additive_mask(allow_BQK: Tensor, dtype: torch.dtype) -> Tensor:
-    """True/False -> 0/lowest as [B, 1, Q, K]. Transformers' eager attention adds a mask as it stands,
-    so a boolean one would mask nothing."""
-    mask = torch.zeros(allow_BQK.shape, dtype=dtype, device=allow_BQK.device)
-    return mask.masked_fill_(~allow_BQK, torch.finfo(dtype).min)[:, None]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vlm_adapt.attention import fits, register
+from vlm_adapt.attention.interface import FLASH
 from vlm_adapt.errors import UserError
 from vlm_adapt.language import LANGUAGES
 from vlm_adapt.language.language import Language
@@ -40,8 +41,10 @@ def load_language(
         weights: `hub:` for what the name holds (`hub:REVISION` for a branch, tag or commit),
             `random:` or `random:SEED` for the configuration alone, `file:FOLDER` for other weights of
             the same configuration.
-        attention: transformers' name, or `auto`: our own on the CPU (eager where a model's scores are
-            not plain), which beats SDPA there (measured, docs/log.md), SDPA elsewhere.
+        attention: transformers' name, or `auto`: our own where a model's scores are plain, else eager. Our
+            own works texts off by products on the CPU (measured against SDPA, docs/log.md); on a GPU it
+            takes the first that a trial finds right there: FlashAttention (the flash-attn package's or
+            torch's own) for plain causal texts, FlexAttention for other packed rows and masks, else SDPA.
         dtype: of all weights.
 
     Raises:
@@ -59,9 +62,9 @@ def load_language(
         _check_masks(config, model)
     options: dict[str, Any] = {"dtype": dtype}
     if attention == "auto":
-        attention = "sdpa" if torch.cuda.is_available() and not seq2seq else "eager"
-        if attention == "eager" and not seq2seq and fits(_causal_class(config), config):
-            attention = register()
+        attention = "eager" if seq2seq else _attention(config)
+    elif attention == FLASH:
+        register()
     options["attn_implementation"] = attention
     with _clear_errors(model, "language model"):
         if kind == "random":
@@ -100,6 +103,16 @@ def _check_masks(config: Any, model: str | Path) -> None:
             f"the language model '{model}' ({text.model_type}) cannot read images in sentences here: "
             f"{reason}; choose one with attention in every layer (Llama, Qwen, Gemma 1 to 3, Phi, OPT, …)"
         )
+
+
+def _attention(config: Any) -> str:
+    """Our own for plain scores; else what the class can do on this device."""
+    kind = _causal_class(config)
+    if fits(kind, config):
+        return register()
+    capped = getattr(config, "attn_logit_softcapping", None)
+    can = getattr(kind, "_supports_sdpa", False) and not capped
+    return "sdpa" if can and torch.cuda.is_available() else "eager"
 
 
 def _causal_class(config: Any) -> Any:

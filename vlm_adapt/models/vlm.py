@@ -14,7 +14,7 @@ from vlm_adapt.connectors.connector import Connector
 from vlm_adapt.data.collate import Batch
 from vlm_adapt.language.language import Generation, Language, LanguageInput
 from vlm_adapt.models.feature_cache import FeatureCache
-from vlm_adapt.models.masks import attention_mask
+from vlm_adapt.models.masks import layout
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.splice import splice
 from vlm_adapt.vision.tower import Tower
@@ -82,18 +82,20 @@ class VisionLanguageModel(nn.Module):
                 states_SF = states_SF.new_zeros(1, self.state_size)
             embeds_BTD = splice(embeds_BTD, self.state_projector(states_SF), batch.state_positions_S)
         valid_BT = batch.documents_BT > 0
-        if batch.plain or self.language.seq2seq:
+        if self.language.seq2seq:
             return LanguageInput(
                 embeds_BTD, valid_BT, decoder_ids_BU=batch.decoder_ids_BU, writers_BW=batch.writers_BW
             )
-        allow_BTT = attention_mask(batch.documents_BT, batch.blocks_BT, batch.branches_BT)
+        texts = layout(batch)
+        if batch.plain:
+            return LanguageInput(embeds_BTD, valid_BT, writers_BW=batch.writers_BW, layout=texts)
         return LanguageInput(
             embeds_BTD,
             valid_BT,
-            allow_BTT,
-            batch.positions_BT,
+            positions_BT=batch.positions_BT,
             branches_BT=batch.branches_BT,
             writers_BW=batch.writers_BW,
+            layout=texts,
         )
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
