@@ -18,6 +18,7 @@ from vlm_adapt.choices import Choices, nearest
 from vlm_adapt.config.schema import Run
 from vlm_adapt.connectors import CONNECTORS
 from vlm_adapt.data.shards import expand
+from vlm_adapt.data.tasks.task import make_task
 from vlm_adapt.errors import UserError
 from vlm_adapt.metrics import METRICS
 from vlm_adapt.models.objectives import OBJECTIVES
@@ -52,6 +53,7 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
             METRICS.check(name)
         wanted = (*(stage.data.train if train else ()), *(stage.data.evaluate if evaluate else ()))
         for source in wanted:
+            make_task(source.task)  # reads no more than its vocabulary
             expand(source.shards)
 
 

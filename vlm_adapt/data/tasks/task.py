@@ -134,12 +134,12 @@ def make_task(settings: schema.Task | None) -> Task | None:
 
 
 def _sentence(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))  # the closest of a union
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, UserError):
         return str(inner)
-    # Keys in brackets name the branch of a union, which the user did not write.
-    keys = [str(part) for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
+    # Further words name the branch of a union, which the user did not write; numbers are places in a list.
+    keys = [str(part) for place, part in enumerate(first["loc"]) if place == 0 or isinstance(part, int)]
     return f"{'.'.join(keys)}: {first['msg']} (it is {first['input']!r})"
 
 
