@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm_adapt.connectors.packed import VARIES
 from vlm_adapt.errors import UserError
 
 NORMALISATIONS = ("layer", "data", "none")
@@ -30,7 +31,8 @@ class GatherLayers(nn.Module):
     data` it has statistics, which `calibrate` fills and checkpoints keep.
 
     Args:
-        widths, grids: channels and (rows, columns) of each layer.
+        widths, grids: channels and (rows, columns) of each layer; (0, 0) where every image has its own,
+            which is then the same in all layers.
         grid: the common (rows, columns), or one number for both; default that of the last layer. Finer
             features are averaged (adaptive average pooling), coarser ones interpolated bilinearly.
         normalise: `layer` gives each token zero mean and unit deviation over channels (layer norm without
@@ -58,6 +60,11 @@ class GatherLayers(nn.Module):
             )
         self.widths, self.grids = list(widths), [(int(rows), int(columns)) for rows, columns in grids]
         self.grid = self.grids[-1] if grid is None else _as_grid(grid)
+        self.varies = VARIES in self.grids
+        if self.varies and set([*self.grids, self.grid]) != {VARIES}:
+            raise UserError(
+                "a connector's grid is for images of one size, and these have each their own: leave it out"
+            )
         if normalise is None or isinstance(normalise, bool):
             normalise = "layer" if (len(widths) > 1 if normalise is None else normalise) else "none"
         if normalise not in NORMALISATIONS:
@@ -72,7 +79,7 @@ class GatherLayers(nn.Module):
                 self.register_buffer(f"mean_{index}", torch.zeros(width))
                 self.register_buffer(f"deviation_{index}", torch.ones(width))
         self.width = sum(widths)
-        for index, own in enumerate(self.grids):
+        for index, own in enumerate([] if self.varies else self.grids):
             for axis in range(2):
                 matrix = resize_matrix(own[axis], self.grid[axis])
                 self.register_buffer(f"resize_{index}_{axis}", matrix, persistent=False)
@@ -85,7 +92,12 @@ class GatherLayers(nn.Module):
         for index, (features_NPV, width, grid) in enumerate(
             zip(features, self.widths, self.grids, strict=True)
         ):
-            if tuple(features_NPV.shape[1:]) != (grid[0] * grid[1], width):
+            if self.varies and features_NPV.shape[2] != width:
+                raise UserError(
+                    f"the connector was built for features of {width} channels "
+                    f"and got {features_NPV.shape[2]}"
+                )
+            if not self.varies and tuple(features_NPV.shape[1:]) != (grid[0] * grid[1], width):
                 raise UserError(
                     f"the connector was built for features of {grid[0] * grid[1]} x {width} "
                     f"and got {features_NPV.shape[1]} x {features_NPV.shape[2]}"

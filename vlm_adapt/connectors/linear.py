@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_adapt.connectors.connector import Connector
+from vlm_adapt.connectors.packed import PackedFeatures
 
 
 class LinearConnector(Connector):
@@ -37,3 +38,7 @@ class LinearConnector(Connector):
     def project(self, features_NPV: Tensor) -> Tensor:
         """A token a patch."""
         return self.linear(features_NPV)
+
+    def project_packed(self, features_TV: Tensor, images: PackedFeatures) -> Tensor:
+        """A token a patch."""
+        return self.linear(features_TV)

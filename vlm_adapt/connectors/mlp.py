@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vlm_adapt.connectors.connector import Connector, positive
+from vlm_adapt.connectors.packed import PackedFeatures
 from vlm_adapt.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -71,3 +72,7 @@ class MLPConnector(Connector):
                 hidden_NKD = self.activation(hidden_NKD)
             hidden_NKD = self.get_submodule(f"linear_{number}")(hidden_NKD)
         return hidden_NKD
+
+    def project_packed(self, features_TV: Tensor, images: PackedFeatures) -> Tensor:
+        """A token a patch: each patch is projected by itself."""
+        return MLPConnector.project(self, features_TV)

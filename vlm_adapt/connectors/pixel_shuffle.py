@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlm_adapt.connectors.connector import positive
 from vlm_adapt.connectors.mlp import MLPConnector
+from vlm_adapt.connectors.packed import PackedFeatures, grouped
 from vlm_adapt.errors import UserError
 
 
@@ -41,7 +42,8 @@ class PixelShuffleConnector(MLPConnector):
         **shared: Any,
     ):
         positive(factor=factor)
-        self.factor = factor
+        self.factor = self.multiple = factor
+        self.whole = factor > 1
         super().__init__(widths, grids, width_out, layers=layers, bias=bias, **shared)
         rows, columns = self.gather.grid
         if rows % factor or columns % factor:
@@ -62,3 +64,7 @@ class PixelShuffleConnector(MLPConnector):
         cut = features_NPV.unflatten(1, (rows // factor, factor, columns // factor, factor))
         groups_NKV = cut.transpose(2, 3).flatten(3, 5).flatten(1, 2)
         return super().project(groups_NKV)
+
+    def project_packed(self, features_TV: Tensor, images: PackedFeatures) -> Tensor:
+        """The same within each image's own grid, both sides of which are multiples of the factor."""
+        return super().project_packed(grouped(features_TV, images.grids, self.factor), images)

@@ -15,7 +15,9 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from vlm_adapt.choices import nearest
 from vlm_adapt.connectors.connector import Connector, positive
+from vlm_adapt.connectors.packed import PackedFeatures, padded
 from vlm_adapt.errors import UserError
+from vlm_adapt.image_spec import TokenCount
 
 
 class QFormerConnector(Connector):
@@ -67,8 +69,20 @@ class QFormerConnector(Connector):
         self.qformer = Blip2QFormerModel(settings)
         self.language_projection = nn.Linear(settings.hidden_size, width_out)
 
-    def project(self, features_NPV: Tensor) -> Tensor:
-        """K tokens an image."""
+    @property
+    def token_count(self) -> TokenCount:
+        """K, whatever the image."""
+        return TokenCount(fixed=self.tokens_per_image)
+
+    def project_packed(self, features_TV: Tensor, images: PackedFeatures) -> Tensor:
+        """K tokens an image, each image's queries reading its own patches."""
+        return self.project(*padded(features_TV, images.lengths)).flatten(0, 1)
+
+    def project(self, features_NPV: Tensor, taken_NP: Tensor | None = None) -> Tensor:
+        """K tokens an image; `taken_NP` is False at padding."""
         queries_NKW = self.query_tokens.expand(len(features_NPV), -1, -1)
-        output = self.qformer(query_embeds=queries_NKW, encoder_hidden_states=features_NPV)
+        mask = None if taken_NP is None else taken_NP.long()
+        output = self.qformer(
+            query_embeds=queries_NKW, encoder_hidden_states=features_NPV, encoder_attention_mask=mask
+        )
         return self.language_projection(output.last_hidden_state)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm_adapt.connectors.connector import Connector, positive
+from vlm_adapt.connectors.packed import PackedFeatures, padded
+from vlm_adapt.image_spec import TokenCount
 
 
 class ResamplerBlock(nn.Module):
@@ -37,13 +39,16 @@ class ResamplerBlock(nn.Module):
             nn.Linear(expansion * width, width, bias=False),
         )
 
-    def forward(self, features_NPW: Tensor, latents_NKW: Tensor) -> Tensor:
-        """features_NPW and latents_NKW to new latents_NKW."""
+    def forward(self, features_NPW: Tensor, latents_NKW: Tensor, taken_NP: Tensor | None = None) -> Tensor:
+        """features_NPW and latents_NKW to new latents_NKW; `taken_NP` is False at padding."""
         normed_NKW = self.norm_latents(latents_NKW)
         media_NSW = torch.cat([self.norm_features(features_NPW), normed_NKW], dim=1)
         query_NHKE = self._split(self.to_query(normed_NKW))
         key_NHSE, value_NHSE = map(self._split, self.to_key_value(media_NSW).chunk(2, dim=-1))
-        mixed_NHKE = F.scaled_dot_product_attention(query_NHKE, key_NHSE, value_NHSE)
+        mask = None
+        if taken_NP is not None:
+            mask = F.pad(taken_NP, (0, latents_NKW.shape[1]), value=True)[:, None, None]
+        mixed_NHKE = F.scaled_dot_product_attention(query_NHKE, key_NHSE, value_NHSE, attn_mask=mask)
         latents_NKW = latents_NKW + self.to_out(mixed_NHKE.transpose(1, 2).flatten(2))
         return latents_NKW + self.feed_forward(latents_NKW)
 
@@ -90,10 +95,19 @@ class ResamplerConnector(Connector):
         self.norm = nn.LayerNorm(width)
         self.project_out = nn.Linear(width, width_out)
 
-    def project(self, features_NPV: Tensor) -> Tensor:
-        """K tokens an image."""
+    @property
+    def token_count(self) -> TokenCount:
+        """K, whatever the image."""
+        return TokenCount(fixed=self.tokens_per_image)
+
+    def project_packed(self, features_TV: Tensor, images: PackedFeatures) -> Tensor:
+        """K tokens an image, each image's latents reading its own patches."""
+        return self.project(*padded(features_TV, images.lengths)).flatten(0, 1)
+
+    def project(self, features_NPV: Tensor, taken_NP: Tensor | None = None) -> Tensor:
+        """K tokens an image; `taken_NP` is False at padding."""
         features_NPW = features_NPV if self.project_in is None else self.project_in(features_NPV)
         latents_NKW = self.latents.expand(len(features_NPW), -1, -1)
         for block in self.blocks:
-            latents_NKW = block(features_NPW, latents_NKW)
+            latents_NKW = block(features_NPW, latents_NKW, taken_NP)
         return self.project_out(self.norm(latents_NKW))

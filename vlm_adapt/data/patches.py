@@ -11,22 +11,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image as PILImage
 
-from vlm_adapt.data.images import FORMATS, MAX_PIXELS, decode, image_size, load_image, resize
+from vlm_adapt.data.images import MAX_PIXELS, decode, load_image, resize
+from vlm_adapt.data.sizes import seen_size
 from vlm_adapt.image_spec import ImagePlan, ImageSpec, Native
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_ORIENTATION = 0x0112  # the EXIF tag; from 5 on an image lies on its side
 
 
 @dataclass(frozen=True)
@@ -46,23 +42,6 @@ class ImagePatches:
     tokens: int
 
 
-def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) as the image is seen, by its header alone. Raises BadSample as `decode` does."""
-    width, height = image_size(data, max_pixels)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            turned = PILImage.open(io.BytesIO(data), formats=FORMATS).getexif().get(_ORIENTATION, 1) in (
-                5,
-                6,
-                7,
-                8,
-            )
-    except Exception:
-        turned = False  # unreadable EXIF says nothing about the pixels
-    return (height, width) if turned else (width, height)
-
-
 def plans(
     images: Sequence[bytes],
     native: Native,
@@ -75,7 +54,7 @@ def plans(
         BadSample: a header that cannot be read, or too large an image.
     """
     draws = copy.deepcopy(draws)
-    return [native.plan(*upright_size(data, max_pixels), draws) for data in images]
+    return [native.plan(*seen_size(data, max_pixels), draws) for data in images]
 
 
 def image_tokens(

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlm_adapt import attention
 from vlm_adapt.errors import UserError
 
 NAME = "vlm_adapt_packed"  # what transformers calls this attention
@@ -178,12 +177,18 @@ class Layout:
 
 def _by_images(q_THE: Tensor, k_THE: Tensor, v_THE: Tensor, layout: Layout, scale: float) -> Tensor:
     """Runs of images of one length at once: no token is computed that an image does not have."""
+    # Backward, torch's fused attention takes two to eight times as long in bf16 on a CPU (docs/log.md).
+    half = q_THE.dtype in (torch.bfloat16, torch.float16)
+    plain = half and q_THE.requires_grad and q_THE.device.type == "cpu"
     out = []
     for start, images, length in layout.runs:
         run = slice(start, start + images * length)
         q, k, v = (t[run].unflatten(0, (images, length)).transpose(1, 2) for t in (q_THE, k_THE, v_THE))
-        mixed_NLHE, _ = attention.attend(None, q, k, v, None, scaling=scale, is_causal=False)
-        out.append(mixed_NLHE.flatten(0, 1))
+        if plain:
+            mixed_NHLE = ((q * scale) @ k.transpose(2, 3)).softmax(-1) @ v
+        else:
+            mixed_NHLE = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+        out.append(mixed_NHLE.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
 
 
