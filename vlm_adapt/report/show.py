@@ -64,7 +64,7 @@ class Marks:
         """A piece with its id."""
         if piece.id is None:
             return Text(piece.text, HEAD)
-        text = Text(piece.text, LEARNED if piece.learned else "")
+        text = Text().append(piece.text, LEARNED if piece.learned else "")
         text.append(f"·{piece.id}", FAINT)
         return text if self.colour or not piece.learned else Text("«") + text + Text("»")
 

@@ -27,7 +27,7 @@ class Part:
     """Neighbouring tokens of one branch that are read in one way.
 
     Attributes:
-        branch: 0 is the prefix that all branches see; None where it is not a row of branches.
+        branch: 0 is the prefix that all branches see, and everything where there are none.
         how: "causal", "both ways" (each sees all of them), or "decoder".
         first, last: positions of the first and the last token.
     """
@@ -85,7 +85,8 @@ def parts(row: Encoded, tokenizer: Any, start: int = 0) -> list[Part]:
     place = start
     while place < len(row):
         branch, block = int(row.branches[place]), int(row.blocks[place])
-        how = "both ways" if block == 0 or sizes[block] > 1 else "causal"
+        two_ways = row.decoder_ids is not None or block == 0 or sizes[block] > 1  # an encoder reads all
+        how = "both ways" if two_ways else "causal"
         if not found or (found[-1].branch, found[-1].how) != (branch, how):
             found.append(Part(branch, how, int(row.positions[place])))
         taken = 1
