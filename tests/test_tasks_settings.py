@@ -88,10 +88,13 @@ def test_mistakes(name: str, settings: dict[str, Any], said: str) -> None:
 )
 @pytest.mark.parametrize("part", ["train", "evaluate"])
 def test_a_run_is_told_before_anything_is_loaded(
-    parts: Path, settings: dict[str, Any], said: str, part: str
+    tmp_path: Path, settings: dict[str, Any], said: str, part: str
 ) -> None:
-    sources = [{"shards": str(parts / "train.tar"), "task": settings}]
-    run = validate(tiny.run_tree(parts, **{f"data__{part}": sources}), "x")
+    (tmp_path / "llama").mkdir()  # there are no parts that could be loaded
+    tiny.questions_shard(tmp_path / "train.tar", 1)
+    sources = [{"shards": str(tmp_path / "train.tar"), "task": settings}]
+    changes = {f"data__{part}": sources, "model__vision__model": "hf:none"}
+    run = validate(tiny.run_tree(tmp_path, **changes), "x")
     with pytest.raises(UserError, match=said):
         check_run(run)
 
