@@ -176,7 +176,7 @@ class Check:
                 read_mask(data)
             except BadSample as error:
                 yield error.reason, ": ".join(word for word in (name, error.detail) if word)
-        if "messages" in sample.record:
+        if "messages" in sample.record and self.reader is None:
             # Captions and questions get their images from the phrasing; conversations place them.
             try:
                 sentence = plain_template("").conversation(sample.record["messages"])
