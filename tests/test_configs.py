@@ -32,8 +32,15 @@ def shards(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     ]
     user = {"role": "user", "content": "<image>\nwhat color is it?"}
     turns = json.dumps({"messages": [user, {"role": "assistant", "content": "red"}]}).encode()
+    box = {"label": "circle", "box": [1, 2, 20, 15]}
+    everything = {
+        **{"caption": "a photo of two cats", "question": "what is it?", "answer": "two cats"},
+        **{"objects": [box], "labels": ["circle", "square"], "ocr": [{"text": "no"}], "text": tiny.WORDS},
+    }
+    tasks = [(f"t{n}", {"png": tiny.image(n), "json": json.dumps(everything).encode()}) for n in range(12)]
     return {
         "captions": tiny.shard(folder / "captions.tar", captions),
+        "pali": tiny.shard(folder / "pali.tar", tasks),
         "llava": tiny.shard(
             folder / "llava.tar", [(f"m{n}", {"png": tiny.image(n), "json": turns}) for n in range(12)]
         ),
@@ -46,7 +53,8 @@ def sources(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
     pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in pairs:
         place = f"{path}.{key}" if path else str(key)
-        if isinstance(value, str) and (key == "shards" or path.endswith("data")):
+        short = path.endswith("data") and key in ("train", "evaluate")
+        if isinstance(value, str) and (key == "shards" or short):
             yield place, value
         yield from sources(value, place)
 
