@@ -19,6 +19,7 @@ from vlm_adapt.models.build import build
 from vlm_adapt.report.feed import Feed, open_feed
 from vlm_adapt.report.show import find, show
 from vlm_adapt.report.tokens import learned_places, parts, piece_text
+from vlm_adapt.sentence import Sentence, Text
 
 TALK = [
     {"role": "user", "content": "<image>\nwhat color is it? <image> and this?"},
@@ -200,3 +201,10 @@ def test_the_verb(folder: Path, capsys: Any) -> None:
     assert cli.main(["shards", "show", "plan", some, "--config", str(folder / "run.yaml")]) == 2
     assert "the nearest is 'plain'" in capsys.readouterr().err
     assert cli.main(["shards", "show", "plain", some]) == 2
+
+
+def test_an_answer_may_open_its_branch(folder: Path) -> None:
+    """Its first token is predicted by the last of the prefix, as is that of every other branch."""
+    answers = (Text("red", learned=True, branch=1), Text("red", learned=True, branch=2))
+    row = feed_of(folder).reader.encoder.encode(Sentence((Text("what color"), *answers)), 0, "k")
+    assert learned_places(row) == {place for place, branch in enumerate(row.branches) if branch > 0}
