@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Any
 
 from vlm_adapt.data.encode import Encoded, Encoder
+from vlm_adapt.data.patches import tokens_of
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
 from vlm_adapt.sentence import IMAGE_PLACEHOLDER
@@ -24,12 +24,12 @@ class Turn:
 
     Attributes:
         content: the user's text, `<image>` where its images stand.
-        pixels: [C, H, W] uint8 each, of the tower's size; `names` where they came from.
+        pixels: [C, H, W] uint8 each, of the tower's size, or patches; `names` where they came from.
         answer: None until there is one.
     """
 
     content: str
-    pixels: list[np.ndarray] = field(default_factory=list)
+    pixels: list[Any] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     answer: str | None = None
 
@@ -84,7 +84,7 @@ class History:
         """Names of all images in reading order."""
         return [name for turn in self.turns for name in turn.names]
 
-    def ask(self, text: str, pixels: Sequence[np.ndarray], names: Sequence[str]) -> Turn:
+    def ask(self, text: str, pixels: Sequence[Any], names: Sequence[str]) -> Turn:
         """Add a question. An encoder-decoder is shown this turn alone, with the last images if it has none.
 
         Raises:
@@ -121,9 +121,10 @@ class History:
             if row is not None and not row.cut and (len(row) <= room or alone and len(row) < self.limit):
                 dropped, self.first = first - self.first, first
                 return row, dropped
+        taken = tokens_of(self.turns[-1].pixels, self.encoder.tokens_per_image)
         raise UserError(
-            f"this question with its {len(self.turns[-1].pixels)} image(s) is too long: a conversation has "
-            f"room for {self.limit} tokens, of which an image takes {self.encoder.tokens_per_image} "
+            f"this question with its {len(taken)} image(s) is too long: a conversation has "
+            f"room for {self.limit} tokens, of which an image takes {max(taken, default=0)} "
             "(model.language.max_length of the run)"
         )
 
@@ -132,7 +133,8 @@ class History:
         pixels = [image for turn in self.turns[first:] for image in turn.pixels]
         sentence = self.template.conversation(self.messages(first))
         try:
-            row = self.encoder.encode(sentence, len(pixels), "chat", learn=False)
+            lengths = tokens_of(pixels, self.encoder.tokens_per_image)
+            row = self.encoder.encode(sentence, lengths, "chat", learn=False)
         except BadSample:
             return None
         row.pixels = pixels

@@ -14,7 +14,6 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-import numpy as np
 import torch
 
 from vlm_adapt import dist
@@ -22,7 +21,8 @@ from vlm_adapt.chat.history import History, Turn
 from vlm_adapt.chat.words import Words
 from vlm_adapt.data.collate import collate
 from vlm_adapt.data.encode import Encoded
-from vlm_adapt.data.images import MAX_PIXELS, load_image
+from vlm_adapt.data.images import MAX_PIXELS
+from vlm_adapt.data.patches import load
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.language import Generation
@@ -88,8 +88,8 @@ class Session:
         assembled, run, _ = restore(checkpoint)
         return cls(assembled, system, settings, run.data.max_pixels)
 
-    def load_image(self, file: str | Path) -> np.ndarray:
-        """An image file as the tower wants it, uint8 [C, H, W].
+    def load_image(self, file: str | Path) -> Any:
+        """An image file as the tower wants it: uint8 [C, H, W], or patches of an image of native size.
 
         Raises:
             UserError: it is missing, not an image, damaged, or too large.
@@ -102,7 +102,7 @@ class Session:
         except OSError as error:
             raise UserError(f"the image '{file}' cannot be read: {error.strerror}") from error
         try:
-            return load_image(data, self.assembled.model.vision.image_spec, self.max_pixels)
+            return load(data, self.assembled.model.vision.image_spec, self.max_pixels)
         except BadSample as error:
             raise UserError(f"'{file}' cannot be shown to the model: {error}") from error
 

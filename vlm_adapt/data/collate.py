@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from vlm_adapt.data.encode import FILLER_ID, Encoded
+from vlm_adapt.data.patches import Patches, stand_in, together
+from vlm_adapt.image_spec import Native
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Batch:
         plain: every row is one causal text padded on the right: no mask is needed.
         predict_from_N, targets_N: flat positions of predicting states, and the ids they predict.
         pixels_ICHW: uint8; ONE zero image when there is none, so that every rank runs its tower.
+        patches: images of native sizes, which are then not in pixels_ICHW; as above when there is none.
         image_positions_K: flat positions in [B*T] of the images' tokens; empty when there is none.
         image_lengths_I: how many tokens each image takes; empty when there is none.
         states_SF, state_positions_S: state vectors and their flat positions.
@@ -58,6 +61,12 @@ class Batch:
     writers_BW: Tensor | None = None
     keys: tuple[str, ...] = ()
     samples: int = 0
+    patches: Patches | None = None
+
+    @property
+    def images(self) -> Tensor | Patches:
+        """What the tower reads."""
+        return self.pixels_ICHW if self.patches is None else self.patches
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {}
@@ -65,6 +74,8 @@ class Batch:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 changed[field.name] = change(value)
+            elif isinstance(value, Patches):
+                changed[field.name] = value.each(change)
         return replace(self, **changed)
 
     def to(self, device: torch.device) -> Batch:
@@ -90,6 +101,7 @@ def collate(
     samples: int | None = None,
     seq2seq: bool = False,
     length: int = 0,
+    native: Native | None = None,
 ) -> Batch:
     """Put rows together; no rows at all give one row of padding that a rank can still run.
 
@@ -99,6 +111,7 @@ def collate(
         tokens_per_image: of that stand-in.
         multiple: T is rounded up to this.
         samples: what `Batch.samples` says; by default the number of rows.
+        native: how images of native sizes are cut, for the stand-in.
         length: the least T (packed rows keep one shape, which compilers and GPUs like).
 
     Raises:
@@ -142,7 +155,10 @@ def collate(
             states.append(text.states)
             state_positions.append(text.state_starts + offset)
             start = place.stop
-    stand_in = [np.zeros((3, *image_size), np.uint8)]
+    if not images:
+        images.append(np.zeros((3, *image_size), np.uint8) if native is None else stand_in(native))
+    shown = together(images)
+    patches = shown if isinstance(shown, Patches) else None
     return Batch(
         ids_BT=torch.from_numpy(grids["ids"]),
         documents_BT=torch.from_numpy(documents),
@@ -152,7 +168,8 @@ def collate(
         plain=all(len(row) <= 1 and all(text.plain for text in row) for row in texts),
         predict_from_N=torch.from_numpy(_joined(predict_from)),
         targets_N=torch.from_numpy(_joined(targets)),
-        pixels_ICHW=torch.from_numpy(np.stack(images or stand_in)),
+        pixels_ICHW=torch.zeros(0, 3, *image_size, dtype=torch.uint8) if patches else shown,
+        patches=patches,
         image_positions_K=torch.from_numpy(_joined(positions)),
         image_lengths_I=torch.from_numpy(np.array(lengths, np.int64)),
         states_SF=torch.from_numpy(

@@ -53,7 +53,7 @@ class Encoded:
     decoder_ids: np.ndarray | None = None
     cut: int = 0
     image_lengths: list[int] = field(default_factory=list)
-    pixels: list[np.ndarray] = field(default_factory=list)
+    pixels: list[Any] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -41,6 +41,12 @@ class ImagePatches:
     grid: tuple[int, int]
     tokens: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the whole image, as an array of pixels would have them."""
+        side = round((self.patches_PV.shape[1] / 3) ** 0.5)
+        return 3, self.grid[0] * side, self.grid[1] * side
+
 
 def plans(
     images: Sequence[bytes],
@@ -89,14 +95,15 @@ def load_images(
     """The images of a sample as a batch takes them: ImagePatches, or pixels_CHW of one size.
 
     Args:
-        like: images of native size whose grids and places these get instead of their own.
+        like: loaded images whose grids these get instead of their own, so that they take as many tokens.
     """
     if spec.native is None:
         return [load_image(data, spec, max_pixels) for data in images]
     if like is not None:
+        grids = [one.grid for one in like]
         return [
-            _cut(data, spec, max_pixels, one.grid, one.places_P)
-            for data, one in zip(images, like, strict=True)
+            _cut(data, spec, max_pixels, grid, np.arange(grid[0] * grid[1]))
+            for data, grid in zip(images, grids, strict=True)
         ]
     made = []
     for data, plan in zip(images, plans(images, spec.native, max_pixels, draws), strict=True):
@@ -163,6 +170,10 @@ class Patches:
         """The same with changed tensors (moved, pinned)."""
         return replace(self, pixels_TV=change(self.pixels_TV), places_T=change(self.places_T))
 
+    def to(self, device: Any) -> Patches:
+        """The same on a device."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
     def __len__(self) -> int:
         return len(self.grids)
 
@@ -189,6 +200,15 @@ class Patches:
             digest.update(one.numpy().tobytes())
             names.append(digest.digest())
         return names
+
+
+def tokens_of(images: Sequence[Any], tokens_per_image: int) -> list[int]:
+    """How many tokens each loaded image takes.
+
+    Args:
+        tokens_per_image: of those that have one size.
+    """
+    return [one.tokens if isinstance(one, ImagePatches) else tokens_per_image for one in images]
 
 
 def together(images: Sequence[Any]) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 from vlm_adapt.config.schema import Data, Source
 from vlm_adapt.data.encode import Encoded, Encoder
-from vlm_adapt.data.images import load_image
+from vlm_adapt.data.patches import image_tokens, load_images
 from vlm_adapt.data.phrase import Asked, Images, Phrasing
 from vlm_adapt.data.problems import Account, BadSample, Problem
 from vlm_adapt.data.sample import Sample, parse_sample
@@ -210,7 +210,9 @@ class Reader:
         Args:
             images: shown in place of the sample's own (for the blind score).
         """
-        pixels = self.pixels(sample if images is None else replace(sample, images=list(images)))
+        pixels = self.pixels(sample)
+        if images is not None:
+            pixels = self.pixels(replace(sample, images=list(images)), like=pixels)
         prompts = []
         for asked in _clear(phrasing.evaluation, sample.record, self._images(sample, phrasing)):
             lengths = self.image_tokens(sample)
@@ -235,11 +237,22 @@ class Reader:
         Args:
             draws: for what is drawn in training; None draws nothing.
         """
-        return [self.encoder.tokens_per_image] * len(sample.images)
+        most, spec = self.encoder.tokens_per_image, self.image_spec
+        return image_tokens(sample.images, spec, most, self.max_pixels, draws)
 
-    def pixels(self, sample: Sample, draws: np.random.Generator | None = None) -> list[np.ndarray]:
-        """The sample's images as uint8 [C, H, W], resized for the tower; `draws` as in `image_tokens`."""
-        return [load_image(data, self.image_spec, self.max_pixels) for data in sample.images]
+    def pixels(
+        self,
+        sample: Sample,
+        draws: np.random.Generator | None = None,
+        like: Sequence[Any] | None = None,
+    ) -> list[Any]:
+        """The sample's images resized for the tower: uint8 [C, H, W], or patches of native images.
+
+        Args:
+            draws: as in `image_tokens`, which leaves them as they are.
+            like: images of another sample that these take the place of, with as many tokens.
+        """
+        return load_images(sample.images, self.image_spec, self.max_pixels, draws, like)
 
 
 def _names(sources: Sequence[Source]) -> list[str]:

@@ -39,8 +39,8 @@ class _Item:
     key: str
     prompts: list[Prompt]
     references: list[Encoded]
-    own: list[np.ndarray]
-    other: list[np.ndarray]
+    own: list[Any]
+    other: list[Any]
 
 
 def evaluate(
@@ -143,11 +143,11 @@ class _Runner:
                 continue
             self.account.use(truncated=any(row.cut for row in references))
             own = prompts[0].row.pixels if prompts else []
-            other = self._other(number, len(own), everyone) if self.settings.blind and own else own
+            other = self._other(number, own, everyone) if self.settings.blind and own else own
             yield _Item(number, sample.key, prompts, references, own, other)
 
-    def _other(self, number: int, images: int, everyone: Sequence[int]) -> list[np.ndarray]:
-        """Pixels of another sample with as many images, about half the set away.
+    def _other(self, number: int, own: Sequence[Any], everyone: Sequence[int]) -> list[Any]:
+        """Pixels of another sample with as many images as `own`, about half the set away.
 
         Raises:
             UserError: there is no other sample to take images from.
@@ -159,12 +159,12 @@ class _Runner:
                 continue
             try:
                 sample, _ = self.reader.sample(candidate)
-                if len(sample.images) == images:
-                    return self.reader.pixels(sample)
+                if len(sample.images) == len(own):
+                    return self.reader.pixels(sample, like=own)
             except BadSample:
                 continue  # when its own turn comes it is counted
         raise UserError(
-            f"blind scores need another sample with {images} image(s) besides '{self.reader.key(number)}': "
+            f"blind scores need another sample with {len(own)} image(s) besides '{self.reader.key(number)}': "
             "hold out more samples, or leave evaluate.blind off"
         )
 

@@ -6,7 +6,7 @@ Knows which part comes from where; knows nothing about training or files of a ru
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Assembled:
             "tokens_per_image": self.encoder.tokens_per_image,
             "state_size": self.config.state_size,
             "seq2seq": self.encoder.seq2seq,
+            "native": self.model.vision.image_spec.native,
         }
 
 
@@ -105,6 +106,11 @@ def build(
         embedding_rms=language.embedding_rms(),
         **config.connector.options,
     ).to(dtype)
+    native = tower.image_spec.native
+    if native is not None:
+        connector.check_varied(native.drops, native.pooled)
+        native = replace(native, multiple=connector.multiple, tokens=connector.token_count)
+        tower.image_spec = replace(tower.image_spec, native=native)
     model = VisionLanguageModel(tower, connector, language, vision.layers, config.state_size).to(dtype).eval()
 
     prefix_lm = config.language.prefix_lm

@@ -9,9 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlm_adapt.connectors.packed import PackedFeatures
+from vlm_adapt.data.patches import Patches
 
 
 class FeatureCache:
@@ -23,18 +27,36 @@ class FeatureCache:
 
     def __init__(self, size: int):
         self.size = size
-        self.kept: OrderedDict[bytes, list[Tensor]] = OrderedDict()
+        self.kept: OrderedDict[bytes, Any] = OrderedDict()
 
-    def __call__(self, compute: Callable[[Tensor], list[Tensor]], pixels_NCHW: Tensor) -> list[Tensor]:
-        """features_NPD of each layer; `compute` is asked for the images that are not kept."""
-        names = [hashlib.blake2b(one.numpy(), digest_size=16).digest() for one in pixels_NCHW.cpu()]
+    def __call__(self, compute: Callable[[Any], Any], images: Tensor | Patches) -> Any:
+        """What `compute` gives for the images; it is asked for those that are not kept."""
+        packed = isinstance(images, Patches)
+        names = (
+            images.names()
+            if isinstance(images, Patches)
+            else [hashlib.blake2b(one.numpy(), digest_size=16).digest() for one in images.cpu()]
+        )
         missing = {name: place for place, name in enumerate(names) if name not in self.kept}
         found = {name: self.kept[name] for name in names if name in self.kept}
         if missing:
+            places = list(missing.values())
             with torch.no_grad():
-                features = compute(pixels_NCHW[list(missing.values())])
+                features = compute(images.select(places) if isinstance(images, Patches) else images[places])
             for place, name in enumerate(missing):
-                found[name] = self.kept[name] = [layer[place].clone() for layer in features]
+                one: Any
+                if packed:
+                    one = features.select([place])
+                else:
+                    one = [layer[place].clone() for layer in features]
+                found[name] = self.kept[name] = one
         while len(self.kept) > self.size:
             self.kept.popitem(last=False)
-        return [torch.stack(layer) for layer in zip(*(found[name] for name in names), strict=True)]
+        shown = [found[name] for name in names]
+        if not packed:
+            return [torch.stack(layer) for layer in zip(*shown, strict=True)]
+        return PackedFeatures(
+            [torch.cat(layer) for layer in zip(*(one.layers for one in shown), strict=True)],
+            [grid for one in shown for grid in one.grids],
+            [length for one in shown for length in one.lengths],
+        )

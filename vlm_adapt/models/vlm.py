@@ -11,12 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from vlm_adapt.connectors.connector import Connector
+from vlm_adapt.connectors.packed import PackedFeatures
 from vlm_adapt.data.collate import Batch
+from vlm_adapt.data.patches import Patches
 from vlm_adapt.language.language import Generation, Language, LanguageInput
 from vlm_adapt.models.feature_cache import FeatureCache
 from vlm_adapt.models.masks import layout
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.splice import splice
+from vlm_adapt.vision.navit_tower import NativeTower
+from vlm_adapt.vision.packing import Packed
 from vlm_adapt.vision.tower import Tower
 
 
@@ -61,21 +65,26 @@ class VisionLanguageModel(nn.Module):
             )
         return parts | {"language": self.language}
 
-    def image_tokens(self, pixels_NCHW: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] -> tokens [N, K, D]."""
+    def image_tokens(self, images: Tensor | Patches) -> Tensor:
+        """uint8 images [N, C, H, W] -> tokens [N, K, D]; of native sizes -> [U, D], image after image."""
         if self.feature_cache is not None:
-            return self.connector(self.feature_cache(self.features, pixels_NCHW))
-        return self.connector(self.features(pixels_NCHW))
+            return self.connector(self.feature_cache(self.features, images))
+        return self.connector(self.features(images))
 
-    def features(self, pixels_NCHW: Tensor) -> list[Tensor]:
-        """uint8 images [N, C, H, W] -> features_NPD of each layer that the connector reads."""
-        return self.vision(self.vision.normalise(pixels_NCHW), self.layers)
+    def features(self, images: Tensor | Patches) -> list[Tensor] | PackedFeatures:
+        """uint8 images [N, C, H, W] -> features_NPD of each layer that the connector reads; or packed."""
+        if isinstance(images, Tensor):
+            return self.vision(self.vision.normalise(images), self.layers)
+        assert isinstance(self.vision, NativeTower)
+        pixels_TV = self.vision.normalise(images.pixels_TV)
+        packed = Packed(pixels_TV, images.places_T, images.grids, images.lengths)
+        return PackedFeatures(self.vision(packed, self.layers), *self.vision.shapes(packed))
 
     def inputs(self, batch: Batch) -> LanguageInput:
         """Steps 1 to 4: everything before the language."""
         embeds_BTD = self.language.embed(batch.ids_BT).to(self.compute_dtype)
-        tokens_NKD = self.image_tokens(batch.pixels_ICHW)
-        embeds_BTD = splice(embeds_BTD, tokens_NKD.flatten(0, 1), batch.image_positions_K)
+        tokens = self.image_tokens(batch.images)
+        embeds_BTD = splice(embeds_BTD, tokens.flatten(0, -2), batch.image_positions_K)
         if self.state_projector is not None:
             states_SF = batch.states_SF
             if not len(states_SF):

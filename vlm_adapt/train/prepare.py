@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 
 from vlm_adapt import dist
+from vlm_adapt.connectors.packed import PackedFeatures
 from vlm_adapt.data.lanes import Plan
+from vlm_adapt.data.patches import together
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.data.reader import Reader
 from vlm_adapt.errors import UserError
@@ -47,9 +49,11 @@ def calibrate(assembled: Assembled, reader: Reader, plan: Plan) -> None:
         torch.autocast(device.type, assembled.dtype, enabled=assembled.dtype != torch.float32),
     ):
         for start in range(0, len(pixels), AT_ONCE):
-            several = [torch.from_numpy(one) for one in pixels[start : start + AT_ONCE]]
-            batches.append(assembled.model.features(torch.stack(several).to(device)))
-    gather.to(device).calibrate([torch.cat(layers) for layers in zip(*batches, strict=True)])
+            features = assembled.model.features(together(pixels[start : start + AT_ONCE]).to(device))
+            batches.append(features.layers if isinstance(features, PackedFeatures) else features)
+    # Of every layer all patches of all images: [1, patches, channels].
+    layers = ([part.flatten(0, -2) for part in parts] for parts in zip(*batches, strict=True))
+    gather.to(device).calibrate([torch.cat(parts)[None] for parts in layers])
 
 
 def cache_features(assembled: Assembled, size: int, zero_stage: int) -> None:

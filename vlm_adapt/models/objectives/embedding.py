@@ -36,8 +36,8 @@ def embedding(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     sample = torch.arange(0, vocabulary, stride, device=batch.ids_BT.device)
     center_D = model.language.embed(sample).float().mean(0)
 
-    tokens_NKD = model.image_tokens(batch.pixels_ICHW).float()
-    unused = tokens_NKD.sum() * 0
+    tokens_UD = model.image_tokens(batch.images).flatten(0, -2).float()
+    unused = tokens_UD.sum() * 0
     # A text is its document's place in the batch: packed rows hold several.
     documents = int(batch.documents_BT.max()) if per_row == width else 1
     text_of_BT = (
@@ -46,8 +46,8 @@ def embedding(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     texts = rows * documents
     row_of_K = text_of_BT.flatten()[batch.image_positions_K]
     counts_B = torch.bincount(row_of_K, minlength=texts)
-    pooled_BD = torch.zeros(texts, tokens_NKD.shape[-1], device=tokens_NKD.device)
-    pooled_BD = pooled_BD.index_add(0, row_of_K, tokens_NKD.flatten(0, 1)[: len(row_of_K)])
+    pooled_BD = torch.zeros(texts, tokens_UD.shape[-1], device=tokens_UD.device)
+    pooled_BD = pooled_BD.index_add(0, row_of_K, tokens_UD[: len(row_of_K)])
     pooled_BD = pooled_BD / counts_B.clamp_min(1)[:, None] - center_D
 
     row_of_N = batch.predict_from_N // per_row
