@@ -92,8 +92,8 @@ def remove_shards(folder: Path, keep: frozenset[str] = frozenset()) -> None:
         for path in [*shards_in(folder), *folder.glob(".*.part")]:
             if path.name not in keep:
                 path.unlink()
-                if path.suffix == ".tar" and hasattr(index, "sidecar_path"):
-                    Path(index.sidecar_path(path)).unlink(missing_ok=True)
+                if path.suffix == ".tar" and hasattr(index, "SIDECAR"):
+                    path.with_name(path.name + index.SIDECAR).unlink(missing_ok=True)
 
 
 def _to_bytes(key: str, name: str, value: Any) -> bytes:

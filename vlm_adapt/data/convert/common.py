@@ -16,6 +16,7 @@ from typing import Any
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.errors import UserError
 
+LOST = "__lost__"
 MISSING = "image file is missing"
 # What the bytes of an image begin with, and the extension that goes with them.
 _DIGITS = re.compile(r"(\d+)(?:\.[^./]*)?$")  # the last of a file's name
@@ -49,7 +50,8 @@ class Recipe:
     Attributes:
         key: the sample's key.
         function: of a module's top level; returns `{extension: content}`, or raises BadSample, which
-            is entered in the account under the key.
+            is entered in the account under the key. Under `LOST` it may return what it left out of a
+            sample that is good otherwise, as `(part, reason)`: "an answer", "empty answer".
         arguments: paths, numbers and records; no file contents.
     """
 

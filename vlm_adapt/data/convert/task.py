@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_adapt.data.convert.common import Recipe
+from vlm_adapt.data.convert.common import LOST, Recipe
 from vlm_adapt.data.convert.entries import Entry, key_of, read
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.data.write import Shard, encode_sample, write_json
@@ -42,12 +42,22 @@ class Job:
     check: bool
 
 
-def cook(entry: Entry, check: bool = False) -> bytes:
-    """The sample of an entry as it lies in a tar. Raises BadSample if it cannot be used."""
+def cook(entry: Entry, check: bool = False, account: Account | None = None) -> bytes:
+    """The sample of an entry as it lies in a tar. Raises BadSample if it cannot be used.
+
+    Args:
+        check: see Job.
+        account: what was left out of the sample is entered here.
+    """
     if isinstance(entry, Recipe):
         sample: Mapping[str, Any] = {"__key__": entry.key, **entry.function(*entry.arguments)}
     else:
         sample = entry
+    if LOST in sample:
+        sample = dict(sample)
+        for part, reason in sample.pop(LOST):
+            if account is not None:
+                account.lose(f"{key_of(entry)} ({part})", reason)
     if check:
         _check(sample)
     return encode_sample(sample)
@@ -108,7 +118,7 @@ def run_task(job: Job, number: int, places: bytes, report: Callable[[int], None]
                 report(waiting)
                 waiting = 0
             try:
-                content = cook(entry, job.check)
+                content = cook(entry, job.check, account)
             except BadSample as error:
                 account.lose(key_of(entry), error)
                 continue
