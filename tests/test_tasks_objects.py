@@ -92,6 +92,8 @@ def test_where_names_come_from(tmp_path: Path) -> None:
     with_labels = objects("cat") | {"labels": ["", "cat", "sky"]}
     drawn = {aware(seed, with_labels, vocabulary=None)["presence"] for seed in range(20)}
     assert drawn == {("Is cat in the image?", "yes"), ("Is sky in the image?", "no")}
+    capitals = {aware(seed, objects("CAT"), vocabulary=["cat", "dog"])["presence"] for seed in range(30)}
+    assert capitals == {("Is CAT in the image?", "yes"), ("Is dog in the image?", "no")}
     with pytest.raises(BadSample, match="give the task a vocabulary, or samples labels"):
         aware(0, objects("cat"), vocabulary=None)
     assert set(aware(0, objects("cat"), vocabulary=None, forms=["listing"])) == {"listing"}

@@ -100,6 +100,8 @@ def test_a_long_text_gives_a_stretch() -> None:
         words = made.restore(told["question"], told["answer"]).split()
         assert words == [str(n) for n in range(int(words[0]), int(words[0]) + 20)]
         firsts.add(int(words[0]))
+        asked = task(most_words=20, prompt="Fill in: {text}").training({"text": text}, draw(seed)).record
+        assert "  " not in asked["question"] and asked["answer"] == told["answer"]
     assert len(firsts) > 15 and max(firsts) > 600
     few = task(most_words=1000, sentinels=5).training({"text": text}, draw()).record
     assert few["question"].count("<extra_id_") == 4 and few["answer"].endswith("<extra_id_4>")
