@@ -162,6 +162,15 @@ def _scale(pixels_HWC: np.ndarray, height: int, width: int, interpolation: str) 
     if interpolation == "lanczos":  # torch has it from 2.14 only
         resized = PILImage.fromarray(pixels_HWC).resize((width, height), PILImage.Resampling.LANCZOS)
         return np.asarray(resized)
+    old_height, old_width = pixels_HWC.shape[:2]
+    if old_height - height > max(0, 2 * (old_width - width)) and old_width != width:
+        # Values are cut to 0..255 between the two passes, so their order shows at hard edges (5 grey levels
+        # in a value of 15,000). PIL begins with the height where that shrinks by far the most, since 13.
+        pixels_HWC = _interpolated(pixels_HWC, height, old_width, interpolation)
+    return _interpolated(pixels_HWC, height, width, interpolation)
+
+
+def _interpolated(pixels_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
     import torch
     from torch.nn.functional import interpolate
 
