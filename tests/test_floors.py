@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "vlm_adapt"
 MOST_LINES = 300
 FLOORS = [
-    set("__init__ attention errors exits quiet choices sentence template image_spec dist config".split()),
+    set("__init__ attention errors exits quiet choices sentence template image_spec dist config".split())
+    | {"folders"},
     set("vision language connectors adapt data metrics weights".split()),
     {"models"},
     set("train evaluate chat export report".split()),

@@ -1,234 +1,201 @@
-"""The index of a tar shard: which samples it holds, and where each of their members lies.
+"""The index of a tar shard: beside it, from the cache, or built by reading its headers.
 
-Knows how webdataset groups members in samples (adjacent members, key up to the first dot of the base
-name) and does the same; knows nothing about what members mean. A sample that cannot be whole is left
-out and named: beside damage, with members that are not adjacent, with two members of one name.
+Knows where an index may be found and when it fits; knows nothing about its arrays (shard_index.py) or
+how members make samples (grouping.py).
+
+A sidecar `NAME.tar.index.npz` is used when it fits the shard beside it: the same size, and the same
+headers at a few places. It is ignored, with a note, when it does not.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import tempfile
-import zipfile
-from dataclasses import dataclass, field
+import zlib
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
-import numpy as np
-
+from vlm_adapt.data.grouping import group, split_name
 from vlm_adapt.data.problems import Problem
-from vlm_adapt.data.tar import Damage, Member, scan
+from vlm_adapt.data.shard_index import FORMAT, ShardIndex, from_bytes, marks_of
+from vlm_adapt.data.storage import Settings, is_local, open_store, probe, scheme_of, shown
+from vlm_adapt.data.storage.cache import Cache
+from vlm_adapt.data.storage.http import Content, read_range, read_small
+from vlm_adapt.data.storage.notes import note
+from vlm_adapt.data.storage.spooled import cannot_keep
+from vlm_adapt.data.storage.unpack import is_compressed_name
+from vlm_adapt.data.tar import BLOCK
 from vlm_adapt.errors import UserError
 
-FORMAT = 1  # part of the cache key: raise it whenever an index would come out differently
-_METADATA = re.compile(r"__[^/]*__($|/)")  # webdataset's own members, not samples
+__all__ = ["ShardIndex", "build_index", "load_index", "split_name", "write_sidecar"]
+
+SIDECAR = ".index.npz"
+WORTH_KEEPING = 1000  # members; the index of a smaller local shard is sooner built than found
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """`"dir/a.0.jpg" -> ("dir/a", "0.jpg")`: key and extension, as webdataset cuts them; None if neither.
+def build_index(path: str | os.PathLike[str], settings: Settings | None = None) -> ShardIndex:
+    """Scan the headers of a shard; of a local one no member's data is read.
 
-    A base name that begins with a dot borrows its folder (`"dir/.x" -> ("dir/", "x")`), unless the
-    folder's name has a dot itself: webdataset's pattern does so, and an index must agree with it.
+    Raises UserError if the shard cannot be opened; any damage becomes `problems`.
     """
-    start = name.rfind("/") + 1
-    dot = name.find(".", start)
-    if dot < 0 or dot == 0:
-        return None
-    if dot == start and "." in name[name.rfind("/", 0, start - 1) + 1 : start]:
-        return None
-    return name[:dot], name[dot + 1 :]
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the samples of one shard lie.
-
-    Sample `i` is made of members `first[i]` to `first[i + 1]` (exclusive); member `m` is
-    `size[m]` bytes at `offset[m]`, called `extensions[extension[m]]`.
-    """
-
-    path: str
-    file_bytes: int
-    mtime_ns: int
-    first: np.ndarray  # int64 [samples + 1]
-    offset: np.ndarray  # int64 [members]
-    size: np.ndarray  # int64 [members]
-    extension: np.ndarray  # int32 [members]
-    extensions: tuple[str, ...]
-    key_end: np.ndarray  # int64 [samples], into key_text
-    key_text: bytes
-    problems: tuple[Problem, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.key_end)
-
-    def key(self, sample: int) -> str:
-        """The key of a sample of this shard."""
-        start = self.key_end[sample - 1] if sample else 0
-        return self.key_text[start : self.key_end[sample]].decode("utf-8", "surrogateescape")
-
-    def members(self, sample: int) -> list[tuple[str, int, int]]:
-        """`(extension, offset, size)` of each member of a sample, in the order of the shard."""
-        span = slice(int(self.first[sample]), int(self.first[sample + 1]))
-        codes, offsets, sizes = self.extension[span], self.offset[span], self.size[span]
-        names = self.extensions
-        return [
-            (names[code], offset, size)
-            for code, offset, size in zip(codes.tolist(), offsets.tolist(), sizes.tolist(), strict=True)
-        ]
-
-
-@dataclass
-class _Group:
-    key: str
-    members: list[tuple[str, int, int]] = field(default_factory=list)
-    fault: str = ""
-
-
-def _group(path: str, fd: int, length: int) -> tuple[list[_Group], list[Problem]]:
-    """Members gathered in samples as webdataset gathers them, and what is lost."""
-    groups: list[_Group] = []
-    problems: list[Problem] = []
-    current: _Group | None = None
-    suspect = ""
-    for event in scan(fd, length):
-        if isinstance(event, Damage):
-            suspect = f"incomplete: the shard is damaged here, {event.reason}"
-            problems.append(Problem(path, "", f"damaged at byte {event.offset:,}: {event.reason}"))
-            cut = split_name(event.name)
-            if cut and (current is None or current.key != cut[0]):  # the sample before was complete
-                current = _Group(cut[0])
-                groups.append(current)
-            if current:
-                current.fault = suspect
-            current = None
-            continue
-        if _METADATA.match(event.name):
-            continue
-        parts = split_name(event.name)
-        if parts is None:
-            problems.append(Problem(path, event.name, "a member without an extension belongs to no sample"))
-            continue
-        key, extension = parts[0], parts[1].lower()
-        if current is None or current.key != key:
-            current = _Group(key, fault=suspect)
-            suspect = ""
-            groups.append(current)
-        if not isinstance(event, Member):
-            current.fault = event.reason
-        elif any(extension == known for known, _, _ in current.members):
-            current.fault = f"two members are called '{extension}'"
-        else:
-            current.members.append((extension, event.offset, event.size))
-    by_key: dict[str, list[_Group]] = {}
-    for group in groups:
-        by_key.setdefault(group.key, []).append(group)
-    for key, pieces in by_key.items():
-        fault = next((piece.fault for piece in pieces if piece.fault), "")
-        if len(pieces) > 1 and not fault:
-            fault = "members of this key are not adjacent: sort the archive by name"
-        if fault:
-            problems.append(Problem(path, key, fault))
-            for piece in pieces:
-                piece.fault = fault
-    return [group for group in groups if not group.fault], problems
-
-
-def build_index(path: str | os.PathLike[str]) -> ShardIndex:
-    """Scan the headers of a tar shard. Reads no member's data.
-
-    Raises UserError if the file cannot be opened or is compressed; any damage becomes `problems`.
-    """
-    path = os.fspath(path)
+    name = os.fspath(path)
+    store = open_store(name, settings or Settings())
     try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        groups, problems = group(shown(name), store.pread, store.size)
+        if store.damage:
+            problems.insert(0, Problem(shown(name), "", store.damage))
+        return ShardIndex.of(name, store.size, store.identity, groups, problems)
     except OSError as error:
-        raise UserError(f"cannot open shard {path}: {error.strerror}") from error
-    try:
-        status = os.fstat(fd)
-        magic = os.pread(fd, 6, 0)
-        if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-            raise UserError(f"shard {path} is compressed: unpack it to a plain .tar first")
-        groups, problems = _group(path, fd, status.st_size)
-    except OSError as error:
-        raise UserError(f"cannot read shard {path}: {error.strerror}") from error
+        raise UserError(f"cannot read shard {shown(name)}: {error.strerror}") from error
     finally:
-        os.close(fd)
-    names: dict[str, int] = {}
-    codes = [names.setdefault(member[0], len(names)) for group in groups for member in group.members]
-    keys = [group.key.encode("utf-8", "surrogateescape") for group in groups]
-    return ShardIndex(
-        path=path,
-        file_bytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        first=np.cumsum([0, *(len(group.members) for group in groups)], dtype=np.int64),
-        offset=np.array([member[1] for group in groups for member in group.members], dtype=np.int64),
-        size=np.array([member[2] for group in groups for member in group.members], dtype=np.int64),
-        extension=np.array(codes, dtype=np.int32),
-        extensions=tuple(names),
-        key_end=np.cumsum([len(key) for key in keys], dtype=np.int64),
-        key_text=b"".join(keys),
-        problems=tuple(problems),
-    )
+        store.close()
 
 
-_ARRAYS = ("first", "offset", "size", "extension", "key_end")
+def _cache_key(name: str, source: str) -> str:
+    whose = os.path.abspath(name) if is_local(name) else name
+    return f"index {FORMAT} {whose} {source}"
 
 
-def _save(index: ShardIndex, target: Path) -> None:
-    """Write the index beside others, atomically; an unwritable or full cache is no reason to fail."""
-    words = {"extensions": index.extensions, "problems": [[p.key, p.reason] for p in index.problems]}
-    text = json.dumps(words).encode()
-    arrays = {name: getattr(index, name) for name in _ARRAYS}
-    arrays["key_text"] = np.frombuffer(index.key_text, dtype=np.uint8)
-    arrays["words"] = np.frombuffer(text, dtype=np.uint8)
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".part", delete=False) as file:
-            temporary = file.name
-            np.savez(file, **arrays)
-        os.replace(temporary, target)
-    except OSError:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
+def forget_index(name: str, source: str, settings: Settings) -> None:
+    """Remove an index from the cache: its shard turned out to be another."""
+    Cache(settings.folder, settings.limit_bytes).forget(_cache_key(name, source))
 
 
-def _load(target: Path, path: str, status: os.stat_result) -> ShardIndex | None:
-    """An index from the cache, or None if it is not there or not whole."""
-    try:
-        with open(target, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in _ARRAYS}
-            words = json.loads(file["words"].tobytes())
-            key_text = file["key_text"].tobytes()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    problems = tuple(Problem(path, key, reason) for key, reason in words["problems"])
-    extensions = tuple(words["extensions"])
-    return ShardIndex(
-        path, status.st_size, status.st_mtime_ns, extensions=extensions, key_text=key_text,
-        problems=problems, **arrays,
-    )  # fmt: skip
+def load_index(
+    path: str | os.PathLike[str],
+    cache: str | os.PathLike[str] | None = None,
+    settings: Settings | None = None,
+) -> ShardIndex:
+    """The index of a shard: from the cache if its content was indexed before, from its sidecar, or built.
 
+    "The same content" is a file's absolute path, size and time of change; an address and its size and
+    ETag; a command.
 
-def load_index(path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> ShardIndex:
-    """The index of a shard, from the folder `cache` if the same file was indexed before, else built.
+    Args:
+        path: of the shard.
+        cache: the cache folder; None is the usual one, and indexes of small local shards are not kept.
+        settings: in place of `cache`.
 
-    "The same file" is its absolute path, size and time of change, so a rewritten shard is read anew.
+    Raises UserError if the shard cannot be read.
     """
-    path = os.fspath(path)
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f"cannot open shard {path}: {error.strerror}") from error
-    if cache is None:
-        return build_index(path)
-    name = f"{FORMAT} {os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}"
-    target = Path(cache) / f"{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}.npz"
-    index = _load(target, path, status)
-    if index is None:
-        index = build_index(path)
-        _save(index, target)
+    name = os.fspath(path)
+    settings = settings or Settings(cache=os.fspath(cache) if cache is not None else None)
+    source = probe(name, settings)
+    kept, key = Cache(settings.folder, settings.limit_bytes), _cache_key(name, source)
+    data = kept.read(key)
+    found = from_bytes(data, name) if data is not None else None
+    if found:
+        return found[0]
+    index = _from_sidecar(name, source, settings)
+    local = is_local(name)
+    if index is not None and local:
+        return index
+    index = index or build_index(name, settings)
+    if local and settings.cache is None and len(index.offset) < WORTH_KEEPING:
+        return index
+    # What a file held before it was changed meanwhile must not be kept as what it holds now.
+    if index.identity == source or not local or index.identity.startswith("spooled "):
+        try:
+            os.close(kept.write(key, [index.to_bytes()]).fd)
+        except OSError as error:
+            cannot_keep(settings, error)
     return index
+
+
+def sidecar_name(name: str) -> str | None:
+    """Where the sidecar of a shard would lie; None for a command or a compressed shard."""
+    scheme = scheme_of(name)
+    if scheme == "pipe":
+        return None
+    if scheme == "file":
+        return None if is_compressed_name(name) else name + SIDECAR
+    parts = urlsplit(name)
+    return None if is_compressed_name(parts.path) else urlunsplit(parts._replace(path=parts.path + SIDECAR))
+
+
+def _from_sidecar(name: str, source: str, settings: Settings) -> ShardIndex | None:
+    """The index beside a shard, if there is one and it fits."""
+    place = sidecar_name(name)
+    if place is None:
+        return None
+    content = None if is_local(name) else Content.parse(source)
+    if content is None:
+        try:
+            data: bytes | None = Path(place).read_bytes()
+        except OSError:
+            return None
+    elif content.ranges:
+        data = read_small(place, settings)
+    else:  # the shard has to be fetched whole in any case
+        return None
+    if data is None:
+        return None
+    found = from_bytes(data, name)
+    if found is None:
+        note(shown(place), "an index beside a shard is not one of this version and is not used")
+        return None
+    index, marks = found
+    if not _fits(index, marks, name, content, settings):
+        note(shown(place), "an index does not fit the shard beside it and is not used")
+        return None
+    return replace(index, identity=source)
+
+
+def _fits(
+    index: ShardIndex, marks: list[tuple[int, int]], name: str, content: Content | None, settings: Settings
+) -> bool:
+    if not marks and index.file_bytes >= BLOCK:
+        return False
+    if content is not None:  # one request: what differs anywhere moves or changes what lies last
+        if content.size != index.file_bytes:
+            return False
+        return all(
+            zlib.crc32(read_range(name, place, BLOCK, settings, content)) == checksum
+            for place, checksum in marks[-1:]
+            if place + BLOCK <= index.file_bytes
+        )
+    store = open_store(name, settings)
+    try:
+        return store.size == index.file_bytes and all(
+            zlib.crc32(store.pread(BLOCK, place)) == checksum for place, checksum in marks
+        )
+    except OSError as error:
+        raise UserError(f"cannot read shard {name}: {error.strerror}") from error
+    finally:
+        store.close()
+
+
+def write_sidecar(path: str | os.PathLike[str]) -> Path:
+    """Write the index of a local shard beside it, atomically; the same shard gives the same bytes.
+
+    Returns the sidecar's path. UserError if the shard is compressed or remote, or cannot be read, or the
+    sidecar cannot be written.
+    """
+    name = os.fspath(path)
+    if not is_local(name):
+        raise UserError(f"an index is written beside local shards only, and {shown(name)} is none")
+    index = build_index(name)
+    if index.identity.startswith("spooled "):
+        raise UserError(
+            f"shard {name} is compressed: an index beside it would save nothing, so unpack it first"
+        )
+    with open(name, "rb") as file:
+        marks = marks_of(index, lambda size, offset: os.pread(file.fileno(), size, offset))
+    index = replace(index, identity="")  # it holds the time of change, which a copy does not share
+    target, temporary = Path(name + SIDECAR), None
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        with open(fd, "wb") as file:
+            file.write(index.to_bytes(marks))
+            file.flush()
+            os.fsync(fd)
+        os.chmod(temporary, os.stat(name).st_mode & 0o666)
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary:
+            with suppress(OSError):
+                os.unlink(temporary)
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    return target

@@ -1,172 +1,105 @@
 """Shards by pattern, and the bytes of any of their samples by number.
 
-Knows names of shards, their indexes and how to read a run of bytes; knows nothing about the order of
-reading, ranks or workers (lanes.py), or what a sample means (sample.py).
+Knows the indexes of shards and how to read a run of bytes; knows nothing about the order of reading,
+ranks or workers (lanes.py), what a sample means (sample.py), or where bytes come from (storage/).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, product
-from pathlib import Path
+from itertools import accumulate
 
-from vlm_adapt.data.index import ShardIndex, load_index
+from vlm_adapt.data.index import forget_index
+from vlm_adapt.data.indexing import load_indexes
+from vlm_adapt.data.naming import Patterns, expand, expand_braces
 from vlm_adapt.data.problems import BadSample, Problem
+from vlm_adapt.data.shard_index import ShardIndex
+from vlm_adapt.data.storage import LIMIT_BYTES, Settings, Store, open_store, shown
+from vlm_adapt.data.storage.notes import noted
+from vlm_adapt.data.storage.spooled import source_of
 from vlm_adapt.errors import UserError
 
-OPEN_FILES = 64  # per thread; the usual limit of a process is 1024
+__all__ = ["Patterns", "SampleRef", "ShardSet", "expand", "expand_braces", "joined", "read_sample"]
+
+OPEN_SHARDS = 64  # per thread; the usual limit of a process is 1024 files
 GAP = 1 << 16  # members further apart than this are read one by one
-
-Patterns = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)(?:\.\.(\d+))?")
-
-
-def _choices(inside: str) -> list[str]:
-    """What stands between two braces, written out: `000..003` or `a,b`."""
-    span = _RANGE.fullmatch(inside)
-    if span is None:
-        return inside.split(",") if "," in inside else ["{" + inside + "}"]
-    first, last, step = span.group(1), span.group(2), int(span.group(3) or 1)
-    padded = any(len(end) > 1 and end.startswith("0") for end in (first, last))
-    width = max(len(first), len(last)) if padded else 0
-    low, high = int(first), int(last)
-    numbers = range(low, high + 1, step or 1) if low <= high else range(low, high - 1, -(step or 1))
-    return [f"{number:0{width}d}" for number in numbers]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`"a-{00..02}.tar" -> ["a-00.tar", "a-01.tar", "a-02.tar"]`; also `{a,b}`; several multiply."""
-    pieces = _BRACES.split(pattern)  # text, inside, text, inside, ..., text
-    options = [[piece] if place % 2 == 0 else _choices(piece) for place, piece in enumerate(pieces)]
-    return ["".join(parts) for parts in product(*options)]
-
-
-def expand(patterns: Patterns) -> list[str]:
-    """The shard files that patterns stand for, in order.
-
-    A pattern is a file, braces (`train-{000..031}.tar`), `*` and `?`, a folder (all its `.tar` files,
-    sorted by name), several of these joined by `::`, or a list of them. Raises UserError naming what
-    was looked for when a file is missing or a pattern matches nothing.
-    """
-    given = [patterns] if isinstance(patterns, str | os.PathLike) else list(patterns)
-    files: list[str] = []
-    for pattern in given:
-        for part in os.fspath(pattern).split("::"):
-            for name in expand_braces(os.path.expanduser(part)) if part else [""]:
-                files.extend(_find(name, part))
-    if not files:
-        raise UserError("no shards were named: give a .tar file, a pattern or a folder of .tar files")
-    return files
-
-
-def _find(name: str, pattern: str) -> list[str]:
-    if not name:
-        raise UserError("a shard pattern has an empty part: write a file or folder between each '::'")
-    if re.match(r"(https?|s3|gs|pipe):", name):
-        raise UserError(f"shard '{name}' is not a local file: download it and name the file")
-    path = Path(name)
-    if path.is_file():
-        return [name]
-    if path.is_dir():
-        _check_finished(path)
-        found = sorted(str(entry) for entry in path.iterdir() if entry.suffix == ".tar" and entry.is_file())
-        if not found:
-            raise UserError(f"folder {name} holds no .tar shards")
-        return found
-    if any(letter in path.name for letter in "*?"):
-        found = sorted(str(entry) for entry in path.parent.glob(path.name) if entry.is_file())
-        if found:
-            return found
-        raise UserError(f"no file matches the shard pattern {name}")
-    origin = f" (from the pattern '{pattern}')" if pattern != name else ""
-    raise UserError(f"shard {name} does not exist{origin}")
-
-
-def _check_finished(folder: Path) -> None:
-    """A folder of ours is read whole or not at all (see write.py)."""
-    if (folder / "dataset.unfinished.json").exists():
-        raise UserError(f"the shards in {folder} are not all written: run their conversion to its end first")
-    try:
-        listed = [shard["name"] for shard in json.loads((folder / "dataset.json").read_text())["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # not a folder that we wrote
-    missing = [name for name in listed if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks {len(missing)} of its {len(listed)} shards, {missing[0]} for one")
+_DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Where one sample lies: its shard, its key, and `(extension, offset, size)` of each member."""
+    """Where one sample lies: its shard, its key, and `(extension, offset, size)` of each member.
+
+    `identity` is the shard's when it was indexed: reading another content is an error.
+    """
 
     shard: str
     key: str
     members: tuple[tuple[str, int, int], ...]
-    shard_bytes: int
-    shard_mtime_ns: int
+    identity: str
+    settings: Settings = _DEFAULTS
 
 
-class _OpenFiles(threading.local):
-    """Descriptors of the shards read last, for each thread its own, so that no lock is ever held.
+class _OpenShards(threading.local):
+    """The shards read last, for each thread its own, so that no lock is ever held.
 
-    A descriptor inherited by a forked worker serves it as well: `pread` has no position to share.
+    What a forked worker inherits serves it as well: nothing of a store has a position to share.
     """
 
     def __init__(self) -> None:
-        self.files: OrderedDict[str, int] = OrderedDict()
+        self.stores: OrderedDict[str, tuple[Store, str, Settings]] = OrderedDict()
 
-    def get(self, ref: SampleRef) -> int:
-        fd = self.files.get(ref.shard)
-        if fd is not None:
-            self.files.move_to_end(ref.shard)
-            return fd
-        try:
-            fd = os.open(ref.shard, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise UserError(f"cannot open shard {ref.shard}: {error.strerror}") from error
-        status = os.fstat(fd)
-        if (status.st_size, status.st_mtime_ns) != (ref.shard_bytes, ref.shard_mtime_ns):
-            os.close(fd)
-            raise UserError(f"shard {ref.shard} was changed while in use: start again to read it anew")
-        self.files[ref.shard] = fd
-        while len(self.files) > OPEN_FILES:
-            os.close(self.files.popitem(last=False)[1])
-        return fd
+    def get(self, ref: SampleRef) -> Store:
+        found = self.stores.get(ref.shard)
+        if found is not None:
+            store, identity, settings = found
+            if identity == ref.identity and (settings is ref.settings or settings == ref.settings):
+                self.stores.move_to_end(ref.shard)
+                return store
+            del self.stores[ref.shard]  # another content was indexed since
+            store.close()
+        store = open_store(ref.shard, ref.settings, ref.identity)
+        if store.identity != ref.identity:
+            store.close()
+            forget_index(ref.shard, source_of(ref.identity), ref.settings)
+            raise UserError(f"shard {shown(ref.shard)} was changed while in use: start again to read it anew")
+        self.stores[ref.shard] = (store, ref.identity, ref.settings)
+        while len(self.stores) > OPEN_SHARDS:
+            self.stores.popitem(last=False)[1][0].close()
+        return store
 
     def __del__(self) -> None:
-        for fd in self.files.values():
-            os.close(fd)
+        for store, _, _ in self.stores.values():
+            store.close()
 
 
-_open_files = _OpenFiles()
+_open_shards = _OpenShards()
 
 
 def _pread(ref: SampleRef, offset: int, size: int) -> bytes:
     try:
-        data = os.pread(_open_files.get(ref), size, offset)
+        store = _open_shards.get(ref)
+        data = store.pread(size, offset)
         while len(data) < size:  # a signal, or a limit of the file system
-            more = os.pread(_open_files.get(ref), size - len(data), offset + len(data))
+            more = store.pread(size - len(data), offset + len(data))
             if not more:
-                raise BadSample("the shard ends inside the sample", ref.shard)
+                raise BadSample("the shard ends inside the sample", shown(ref.shard))
             data += more
     except OSError as error:
-        raise BadSample("the shard cannot be read", f"{ref.shard}: {error.strerror}") from error
+        raise BadSample("the shard cannot be read", f"{shown(ref.shard)}: {error.strerror}") from error
     return data
 
 
 def read_sample(ref: SampleRef) -> dict[str, bytes]:
     """The members of a sample by extension, in the order of the shard (`{"jpg": ..., "json": ...}`).
 
-    Raises BadSample if the file system fails or the shard was cut, UserError if it was replaced.
+    Raises BadSample if the file system fails or the shard was cut, UserError if it was replaced or if
+    its server or command failed for good.
     """
     if not ref.members:
         return {}
@@ -183,13 +116,24 @@ class ShardSet:
 
     Args:
         patterns: see `expand`.
-        cache: a folder that keeps indexes between runs; None builds them each time.
+        cache: a folder that keeps indexes, and what was fetched of remote shards, for all processes and
+            runs; None is `shards` in the cache folder, where indexes of small local shards are not kept.
+        limit_bytes: what the cache may hold.
+        settings: in place of `cache` and `limit_bytes`, with times and sizes too.
 
     Cheap to send to a worker process: it holds arrays, not files.
     """
 
-    def __init__(self, patterns: Patterns, cache: str | os.PathLike[str] | None = None):
-        self.indexes: list[ShardIndex] = [load_index(path, cache) for path in expand(patterns)]
+    def __init__(
+        self,
+        patterns: Patterns,
+        cache: str | os.PathLike[str] | None = None,
+        limit_bytes: int = LIMIT_BYTES,
+        settings: Settings | None = None,
+    ):
+        folder = os.fspath(cache) if cache is not None else None
+        self.settings = settings or Settings(cache=folder, limit_bytes=limit_bytes)
+        self.indexes: list[ShardIndex] = load_indexes(expand(patterns, self.settings), self.settings)
         self.counts = tuple(len(index) for index in self.indexes)
         self._ends = list(accumulate(self.counts))
 
@@ -206,6 +150,11 @@ class ShardSet:
         """All that the indexes found wrong, in order."""
         return [problem for index in self.indexes for problem in index.problems]
 
+    @property
+    def notes(self) -> list[tuple[Problem, int]]:
+        """What went wrong and was mended in this process, of all sets: the first case, and how many."""
+        return noted()
+
     def ref(self, sample: int) -> SampleRef:
         """Where sample number `sample` of the row lies."""
         if not 0 <= sample < self.samples:
@@ -214,7 +163,7 @@ class ShardSet:
         index = self.indexes[shard]
         local = sample - (self._ends[shard] - self.counts[shard])
         return SampleRef(
-            index.path, index.key(local), tuple(index.members(local)), index.file_bytes, index.mtime_ns
+            index.path, index.key(local), tuple(index.members(local)), index.identity, self.settings
         )
 
     def read(self, sample: int) -> tuple[str, dict[str, bytes]]:

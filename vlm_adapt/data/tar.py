@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+
+Read = Callable[[int, int], bytes]  # (size, offset): fewer bytes at the end only
 
 BLOCK = 512
 ZERO_BLOCK = bytes(BLOCK)
@@ -108,9 +111,9 @@ def _pax_records(payload: bytes) -> dict[str, str]:
     return records
 
 
-def _next_header(fd: int, position: int) -> int | None:
+def _next_header(read: Read, position: int) -> int | None:
     """The offset of the first plausible header at or after `position` (a multiple of 512), or None."""
-    while chunk := os.pread(fd, CHUNK, position):
+    while chunk := read(CHUNK, position):
         found = chunk.find(b"ustar")
         while found >= 0:
             start = found - 257
@@ -122,8 +125,8 @@ def _next_header(fd: int, position: int) -> int | None:
     return None
 
 
-def _is_zero_from(fd: int, position: int) -> bool:
-    while chunk := os.pread(fd, CHUNK, position):
+def _is_zero_from(read: Read, position: int) -> bool:
+    while chunk := read(CHUNK, position):
         if chunk.count(0) != len(chunk):
             return False
         position += len(chunk)
@@ -134,34 +137,39 @@ def _sparse(pax: dict[str, str], kind: int) -> bool:
     return kind == ord("S") or any(name.startswith("GNU.sparse.") for name in pax)
 
 
-def scan(fd: int, length: int) -> Iterator[Member | Unreadable | Damage]:
-    """Yield the members of the open archive `fd` of `length` bytes in order, and each damage in place.
+def scan(source: int | Read, length: int) -> Iterator[Member | Unreadable | Damage]:
+    """Yield the members of an archive of `length` bytes in order, and each damage in place.
+
+    Args:
+        source: an open file, or `read(size, offset)`.
+        length: bytes of the archive.
 
     After a bad header the scan goes on at the next block that is a header with a right checksum. (An
     archive stored inside a damaged member could be taken for such; the damage before it is reported.)
     """
+    read: Read = partial(os.pread, source) if isinstance(source, int) else source
     position, everywhere = 0, dict[str, str]()
     pax, long_name = dict[str, str](), None
     while True:
-        block = os.pread(fd, BLOCK, position)
+        block = read(BLOCK, position)
         if len(block) < BLOCK:
             # A header never begins with a zero byte: one is enough to know that the end had begun.
             if not block.startswith(b"\0"):
                 yield Damage(position, "cut off: the end-of-archive mark is missing")
             return
-        if block == ZERO_BLOCK and _is_zero_from(fd, position):
+        if block == ZERO_BLOCK and _is_zero_from(read, position):
             return
         header = _parse(block) if block != ZERO_BLOCK else None
         payload = b""
         if header and header.kind in b"LKxXg":
-            payload = os.pread(fd, min(header.size, META_LIMIT), position + BLOCK)
+            payload = read(min(header.size, META_LIMIT), position + BLOCK)
             if header.size > META_LIMIT:
                 header = None
             elif len(payload) < header.size:
                 yield Damage(position, "cut off inside an extended header")
                 return
         if header is None:
-            following = _next_header(fd, position + BLOCK)
+            following = _next_header(read, position + BLOCK)
             what = "corrupt header"
             if block == ZERO_BLOCK:
                 what = "data after an end-of-archive mark (joined archives?)"
@@ -199,17 +207,17 @@ def scan(fd: int, length: int) -> Iterator[Member | Unreadable | Damage]:
         elif _sparse(pax, header.kind):
             yield Unreadable(name, "a member is a sparse file: write the archive without --sparse")
             if header.kind == ord("S"):
-                after += _sparse_blocks(fd, block, start) * BLOCK
+                after += _sparse_blocks(read, block, start) * BLOCK
         elif header.kind in _REGULAR and not name.endswith("/"):
             yield Member(name, start, size)
         position, pax, long_name = after, {}, None
 
 
-def _sparse_blocks(fd: int, block: bytes, start: int) -> int:
+def _sparse_blocks(read: Read, block: bytes, start: int) -> int:
     """How many blocks of GNU sparse map follow the header before the data."""
     count, more = 0, block[482]
     while more:
-        extension = os.pread(fd, BLOCK, start + count * BLOCK)
+        extension = read(BLOCK, start + count * BLOCK)
         count += 1
         more = extension[504] if len(extension) == BLOCK else 0
     return count
