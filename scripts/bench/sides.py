@@ -26,18 +26,26 @@ class Line:
         os.dup2(2, 1)  # what libraries print is no answer
         self.before = 0.0  # the first step counts from the start of the process
 
-    def answer(self, loss: float) -> None:
-        """Report the step just taken, wait until another is asked for, and start its clock."""
+    def answer(self, loss: float, useful: float) -> None:
+        """Report the step just taken, wait until another is asked for, and start its clock.
+
+        Args:
+            useful: share of the batch's places that are no padding.
+        """
         seconds = time.process_time() - self.before
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), file=self.out, flush=True)
+        told = {"seconds": seconds, "loss": loss, "peak": peak, "useful": useful}
+        print(json.dumps(told), file=self.out, flush=True)
         if not sys.stdin.readline():
             raise SystemExit(0)
         self.before = time.process_time()
 
 
 def ours(folder: Path, sizes: Sizes, rows: list[Row], steps: int, options: dict[str, Any]) -> None:
-    """models.build, the plan, the engine and collation: what `vlm-adapt train` does in a step."""
+    """models.build, the plan, the engine and collation: what `vlm-adapt train` does in a step.
+
+    With `row_length` the step's samples share rows of as many tokens, filled as the data stream fills them.
+    """
     line = Line()
     import torch
 
@@ -47,6 +55,7 @@ def ours(folder: Path, sizes: Sizes, rows: list[Row], steps: int, options: dict[
     from vlm_adapt.config.schema import Adapt, Model, Train
     from vlm_adapt.data.collate import collate
     from vlm_adapt.data.encode import Encoded
+    from vlm_adapt.data.pack import fill
     from vlm_adapt.models.build import build
     from vlm_adapt.train.contract import Contract
     from vlm_adapt.train.engine import Engine
@@ -90,26 +99,36 @@ def ours(folder: Path, sizes: Sizes, rows: list[Row], steps: int, options: dict[
             targets=row.text[-row.learned :],
             image_starts=np.array([0]),
             image_order=[0],
+            image_lengths=[image],
             state_starts=np.zeros(0, np.int64),
             states=np.zeros((0, 0), np.float32),
             pixels=[row.pixels],
         )
 
+    def packed(waiting: list[Encoded]) -> list[list[Encoded]]:
+        filled = []
+        while waiting:
+            chosen = set(fill([len(text) for text in waiting], options["row_length"]))
+            filled.append([text for place, text in enumerate(waiting) if place in chosen])
+            waiting = [text for place, text in enumerate(waiting) if place not in chosen]
+        return filled
+
     samples = [encoded(row) for row in rows]
     engine.module.train()
     for number in range(steps):
         chosen = samples[number * sizes.batch : (number + 1) * sizes.batch]
-        batch = collate(chosen, **assembled.collate_options)
+        texts = packed(chosen) if options.get("row_length") else [[text] for text in chosen]
+        batch = collate(texts, **assembled.collate_options)
         learned = len(batch.targets_N)
         total, _ = engine.forward_backward(batch.to(engine.device), learned)
         engine.step(1.0, boundary=True)
         contract.after_step()
-        line.answer(total / learned)
+        line.answer(total / learned, batch.tokens / batch.ids_BT.numel())
 
 
 def theirs(folder: Path, sizes: Sizes, rows: list[Row], steps: int, options: dict[str, Any]) -> None:
     """LlavaForConditionalGeneration in bf16, get_peft_model, Trainer(bf16=True, use_cpu=True)."""
-    line = Line()
+    line, shares = Line(), [0.0]
     import torch
 
     torch.set_num_threads(1)
@@ -160,12 +179,13 @@ def theirs(folder: Path, sizes: Sizes, rows: list[Row], steps: int, options: dic
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def training_step(self, *arguments: Any, **more: Any) -> Any:
+            shares[0] = float(arguments[1]["attention_mask"].float().mean())
             self.last = super().training_step(*arguments, **more)
             return self.last
 
     class Report(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            line.answer(float(trainer.last))
+            line.answer(float(trainer.last), shares[0])
 
     arguments = transformers.TrainingArguments(
         output_dir=str(folder / "out"),
@@ -190,7 +210,7 @@ def main() -> None:
     name, given = sys.argv[1], json.loads(sys.argv[2])
     sizes = Sizes(**given["sizes"])
     rows = make_rows(sizes, sizes.batch * given["steps"], given["variable"])
-    {"ours": ours, "theirs": theirs}[name](
+    {"ours": ours, "packed": ours, "theirs": theirs}[name](
         Path(given["folder"]), sizes, rows, given["steps"], given["options"][name]
     )
 

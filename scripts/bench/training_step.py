@@ -1,11 +1,12 @@
 """CPU-seconds of one optimizer step: vlm-adapt against transformers' Trainer with peft.
 
-Both sides hold the same weights, see the same token ids and pixels, train the same parameters (LoRA on
+All sides hold the same weights, see the same token ids and pixels, train the same parameters (LoRA on
 every linear layer of the language, the connector whole) and take turns on one thread. The loss of the
-first step must agree: LoRA's B is zero then, so both compute the bare model's loss.
+first step must agree: LoRA's B is zero then, so all compute the bare model's loss.
 
     python scripts/bench/training_step.py            fixed lengths
-    python scripts/bench/training_step.py --variable lengths of a real mixture, padded on the right
+    python scripts/bench/training_step.py --variable lengths of a real mixture: padded on the right, and a
+                                                     third side with the same samples packed into rows
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ LOSS_TOLERANCE = 0.01
 
 
 class Side:
-    """One of the two processes."""
+    """One of the processes."""
 
     def __init__(self, name: str, given: dict[str, Any]):
         paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -78,10 +79,11 @@ def measure(sizes: Sizes, steps: int, variable: bool, options: dict[str, Any]) -
 
     Args:
         steps: optimizer steps of each side, WARM_UP of which are not counted when there are more.
-        options: by side, `attention`, and `deepspeed` for ours.
+        options: by side, `attention`; for ours `deepspeed`, and `row_length` where rows are packed.
 
     Returns:
-        parameters, useful tokens a step (median), by side the figures of the table, and the ratio.
+        parameters, useful tokens a step (median), by side the figures of the table and the ratio to theirs,
+        and the largest difference between losses of the first step.
     """
     with tempfile.TemporaryDirectory() as folder:
         parameters = save_model(Path(folder), sizes)
@@ -94,7 +96,7 @@ def measure(sizes: Sizes, steps: int, variable: bool, options: dict[str, Any]) -
         }
         sides = []
         try:
-            for name in ("ours", "theirs"):
+            for name in options:
                 sides.append(Side(name, given))
                 sides[-1].step()
             for _ in range(steps - 1):
@@ -119,11 +121,15 @@ def measure(sizes: Sizes, steps: int, variable: bool, options: dict[str, Any]) -
             "tokens_per_second": sum(tokens[step] for step in counted) / sum(seconds),
             "first": side.answers[0]["seconds"],
             "peak": max(answer["peak"] for answer in side.answers),
+            "useful": statistics.mean(side.answers[step]["useful"] for step in counted),
             "losses": [answer["loss"] for answer in side.answers],
         }
-    mine, other = result["sides"]["ours"], result["sides"]["theirs"]
-    result["ratio"] = mine["tokens_per_second"] / other["tokens_per_second"]
-    result["loss_difference"] = abs(mine["losses"][0] - other["losses"][0])
+    other = result["sides"]["theirs"]
+    for found in result["sides"].values():
+        found["ratio"] = found["tokens_per_second"] / other["tokens_per_second"]
+    firsts = [found["losses"][0] for found in result["sides"].values()]
+    result["ratio"] = result["sides"]["ours"]["ratio"]
+    result["loss_difference"] = max(firsts) - min(firsts)
     return result
 
 
@@ -146,21 +152,18 @@ def surroundings() -> str:
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = [
-        "| trainer | CPU-s a step (median, range) | useful tokens per CPU-s | first step, CPU-s | peak RSS |",
-        "|---|---|---|---|---|",
+        "| trainer | CPU-s a step (median, range) | useful tokens per CPU-s | ratio | places used "
+        "| first step, CPU-s | peak RSS | loss, first and last step |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, label in (("ours", "vlm-adapt"), ("theirs", "HF Trainer + peft")):
-        side = result["sides"][name]
+    labels = {"ours": "vlm-adapt", "packed": "vlm-adapt, packed rows", "theirs": "HF Trainer + peft"}
+    for name, side in result["sides"].items():
         lines.append(
-            f"| {label} | {side['seconds']:.3f} ({side['lowest']:.3f} to {side['highest']:.3f}) "
-            f"| {side['tokens_per_second']:.0f} | {side['first']:.1f} | {side['peak'] / 1e9:.2f} GB |"
+            f"| {labels[name]} | {side['seconds']:.3f} ({side['lowest']:.3f} to {side['highest']:.3f}) "
+            f"| {side['tokens_per_second']:.0f} | {side['ratio']:.2f} | {side['useful']:.1%} "
+            f"| {side['first']:.1f} | {side['peak'] / 1e9:.2f} GB "
+            f"| {side['losses'][0]:.5f}, {side['losses'][-1]:.5f} |"
         )
-    mine, other = (result["sides"][name]["losses"] for name in ("ours", "theirs"))
-    lines.append("")
-    lines.append(
-        f"ratio {result['ratio']:.2f}; loss at step 1: {mine[0]:.5f} and {other[0]:.5f}, "
-        f"at step {len(mine)}: {mine[-1]:.5f} and {other[-1]:.5f}"
-    )
     return "\n".join(lines)
 
 
@@ -169,6 +172,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=13, help="optimizer steps of each side")
     parser.add_argument("--variable", action="store_true", help="lengths of a real mixture")
+    parser.add_argument("--row-length", type=int, default=2048, help="tokens of a packed row")
     parser.add_argument("--tiny", action="store_true", help="a model that only shows that all of this runs")
     parser.add_argument("--batch", type=int, help="samples a step")
     parser.add_argument("--vocabulary", type=int, help="words; the head is applied to answers only by us")
@@ -179,10 +183,11 @@ def main() -> int:
     asked = parser.parse_args()
     changes = {name: value for name in ("batch", "vocabulary") if (value := getattr(asked, name))}
     sizes = replace(TINY if asked.tiny else Sizes(), **changes)
-    options = {
-        "ours": {"attention": asked.attention, "deepspeed": asked.deepspeed},
-        "theirs": {"attention": asked.their_attention},
-    }
+    ours = {"attention": asked.attention, "deepspeed": asked.deepspeed}
+    options: dict[str, Any] = {"ours": ours}
+    if asked.variable:
+        options["packed"] = ours | {"row_length": asked.row_length}
+    options["theirs"] = {"attention": asked.their_attention}
     result = measure(sizes, asked.steps, asked.variable, options)
     print(surroundings())
     kind = "variable lengths" if asked.variable else f"{sizes.length} tokens a sample"
