@@ -112,7 +112,8 @@ def shards_lint(
     seen = f"{found.checked:,} samples in {found.shards:,} shard(s)"
     if not found.complete:
         seen = f"PARTIAL, stopped after {found.checked:,} of {found.samples:,} samples"
-    print(f"{seen}: {'no problem' if clean else f'{len(found.findings):,} problem(s)'}")
+    so_far = "" if found.complete else " so far"
+    print(f"{seen}: {'no problem' if clean else f'{len(found.findings):,} problem(s)'}{so_far}")
     if output is not None:
         print(f"report: {output}")
     return INTERRUPTED if not found.complete else 0 if clean else 1
