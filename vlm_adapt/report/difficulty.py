@@ -72,6 +72,7 @@ def _histogram(part: Any, values: np.ndarray, by: str) -> None:
     axes.grid(axis="y", color="#e6e8ee", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.hist(values, bins=int(np.clip(len(values) // 8, 10, 60)), color=BLUE)
+    axes.margins(y=0.15)  # room for the words at the quantiles
     for share in (0.1, 0.5, 0.9):
         place = float(np.quantile(values, share))
         axes.axvline(place, color="#5b6475", linestyle="--", linewidth=1)
@@ -99,6 +100,8 @@ def _example(axes: Any, reader: Reader, number: int, value: float) -> None:
         words.append(str(error))
     lines = [line for text in words for line in textwrap.wrap(text, LETTERS)]
     shown = lines[:LINES] + (["..."] if len(lines) > LINES else [])
+    shown += [""] * (LINES + 1 - len(shown))  # as many for all, so that they stand in a row
+    axes.set_anchor("N")
     axes.set_title("\n".join(shown), fontsize=7, loc="left", parse_math=False)
 
 
