@@ -40,15 +40,20 @@ def clear_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically."""
+def write_json(path: Path, content: Mapping[str, Any], sync: bool = True) -> None:
+    """Write a JSON file atomically.
+
+    Args:
+        sync: wait until it is on the disk; not for what is written again if it should be lost.
+    """
     temporary = path.with_name(f".{path.name}.part")
     with clear_errors(path):
         try:
             with open(temporary, "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2, ensure_ascii=False)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):

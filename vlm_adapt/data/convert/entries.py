@@ -105,7 +105,7 @@ class Entries:
         """Another order, the same for the same seed."""
         self.offsets = self.offsets[np.random.default_rng(seed).permutation(len(self.offsets))]
 
-    def spread(self, runs: int = 32, length: int = 8) -> np.ndarray:
+    def spread(self, runs: int = 16, length: int = 4) -> np.ndarray:
         """Places in the file of a few entries: runs at even distances, as neighbours often share a file."""
         starts = np.arange(runs) * len(self.offsets) // runs
         places = np.unique(starts[:, None] + np.arange(length))

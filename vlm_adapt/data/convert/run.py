@@ -41,7 +41,7 @@ from vlm_adapt.errors import UserError
 
 __all__ = ["check_options", "options_of", "write_dataset"]
 
-MARGIN = 1.1  # shards are planned for a mean that a few entries tell; this much above it is expected
+MARGIN = 1.15  # shards are planned for a mean that 64 entries tell: two standard errors above it
 _RECORDS = ".*.done.json"
 
 

@@ -137,5 +137,5 @@ def run_task(job: Job, number: int, places: bytes, report: Callable[[int], None]
             shard.discard()
         raise
     record = {"mark": job.mark, "shards": shards, "account": account.to_dict()}
-    write_json(record_path(job.folder, number), record)
+    write_json(record_path(job.folder, number), record, sync=False)
     return record
