@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from vlm_adapt.cli.common import STYLE, checked_run, counting, located, print_refused
+from vlm_adapt.data.convert import CONVERTERS
 from vlm_adapt.errors import UserError
 from vlm_adapt.exits import INTERRUPTED
 
@@ -27,7 +28,7 @@ RunConfig = Annotated[
 @shards.command("write")
 def shards_write(
     converter: Annotated[
-        str, typer.Argument(metavar="CONVERTER", help="coco_captions, easy_vqa, llava, nlvr or vqav2.")
+        str, typer.Argument(metavar="CONVERTER", help=f"One of {', '.join(sorted(CONVERTERS))}.")
     ],
     words: Annotated[
         list[str],
@@ -37,13 +38,17 @@ def shards_write(
             "its options by name, as in: easy_vqa package:easy-vqa data/easy split=train.",
         ),
     ],
-    limit: Annotated[int | None, typer.Option(min=1, help="Write no more than so many samples.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take no more than so many samples.")] = None,
     skip: Annotated[int, typer.Option(min=0, help="Leave out the first so many.")] = 0,
     shard_mb: Annotated[int, typer.Option(min=1, help="Largest shard, in MiB.")] = 256,
     shard_samples: Annotated[int, typer.Option(min=1, help="Most samples of a shard.")] = 10_000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other shards there.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes; all cores by default.")] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle/--no-shuffle", help="Write in another order.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Which order.")] = 0,
+    check: Annotated[bool, typer.Option("--check", help="Decode every image; refuse damaged ones.")] = False,
 ) -> None:
-    """Convert a dataset to shards; done before, it is not done again."""
+    """Convert a dataset to shards; stopped, it goes on; done before, it is not done again."""
     from vlm_adapt.data.convert.run import check_options, options_of, write_dataset
 
     named = [word for word in words if re.match(r"\w+=", word)]
@@ -69,12 +74,35 @@ def shards_write(
         max_count=shard_samples,
         skip=skip,
         limit=limit,
+        shuffle=shuffle,
+        seed=seed,
+        check=check,
         overwrite=overwrite,
+        workers=workers,
         progress=sys.stderr.isatty(),
     )
     size = f"{len(done['shards'])} shard(s), {done['bytes'] / 1e6:.1f} MB"
     print(f"{output}: {done['samples']:,} samples in {size}")
     print_refused(done)
+
+
+@shards.command("converters")
+def shards_converters(
+    name: Annotated[str | None, typer.Argument(metavar="CONVERTER", help="Explain this one.")] = None,
+) -> None:
+    """List what can be converted, or explain one converter and its options."""
+    import inspect
+
+    from vlm_adapt.data.convert.options import options_of
+
+    for each in sorted(CONVERTERS) if name is None else [name]:
+        options = (
+            key if value.default is value.empty else f"[{key}]" for key, value in options_of(each).items()
+        )
+        print(f"{each:16} {' '.join(options)}")
+    if name is not None:
+        function = CONVERTERS.load(name)
+        print(f"\n{inspect.getdoc(inspect.getmodule(function))}\n\n{inspect.getdoc(function)}")
 
 
 @shards.command("lint")
@@ -150,7 +178,7 @@ def shards_inspect(
         print(f"picture: {contact_sheet(found, output, count, seed, scale=2)}")
     if run is not None:
         from vlm_adapt.report.feed import open_feed
-        from vlm_adapt.report.look import lines, look
+        from vlm_adapt.report.look import lines, look, tower_size
 
         feed = open_feed(run, [index.path for index in found.indexes])
         with counting("encode", min(encoded, found.samples)) as tick:
@@ -163,7 +191,7 @@ def shards_inspect(
 
             beside = output.with_name(f"{output.stem}-lengths{output.suffix or '.png'}")
             most, batching = feed.run.model.language.max_length, feed.run.data.batching
-            print(f"picture: {draw_look(lengths, beside, feed.reader.image_spec.size, most, batching)}")
+            print(f"picture: {draw_look(lengths, beside, tower_size(feed), most, batching)}")
 
 
 @shards.command("show")
