@@ -18,7 +18,7 @@ from vlm_adapt import dist
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 
-PIPE, USER, INTERRUPTED = 1, 2, 130
+PIPE, USER, LOST, INTERRUPTED = 1, 2, 3, 130
 RANK_PATIENCE = 10.0  # seconds in which a launcher ends the other ranks once the main one has spoken
 UsageError: Any = typer.BadParameter.__mro__[1]  # click's, wherever typer keeps click
 
@@ -31,7 +31,7 @@ def guarded(verb: Callable[[], int | None], words: Sequence[str]) -> int:
 
     Returns:
         what the verb returns (None is 0); 1 the reader of our output has gone, 2 the user's to mend,
-        130 Ctrl-C.
+        3 another rank has gone, 130 Ctrl-C.
     """
     try:
         code = verb()
@@ -52,9 +52,14 @@ def guarded(verb: Callable[[], int | None], words: Sequence[str]) -> int:
         return PIPE
     except Exception as error:
         sentence = memory_sentence(error)
+        if sentence is not None:
+            say(sentence)
+            return USER
+        sentence = lost_sentence(error)
         if sentence is None:
             raise
-        say(sentence)
+        print(f"vlm-adapt: {sentence}", file=sys.stderr, flush=True)
+        return LOST
     return USER
 
 
@@ -114,4 +119,25 @@ def memory_sentence(error: BaseException) -> str | None:
         f"the {what} memory is not enough: lower train.per_device_train_batch_size (and raise "
         "train.gradient_accumulation_steps), evaluate.batch_size or model.vision.image_size, set "
         "train.gradient_checkpointing=true, or spread the model with train.deepspeed=zero3"
+    )
+
+
+# What gloo and nccl say when the process at the other end has gone, or does not answer.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+_LATE = ("Timed out waiting", "Watchdog caught collective operation timeout", "wait timeout after")
+
+
+def lost_sentence(error: BaseException) -> str | None:
+    """What to say when another rank of the run has died or hangs; None for any other error."""
+    text = str(error)
+    if dist.world_size() == 1 or not isinstance(error, RuntimeError):
+        return None
+    gone, late = (any(words in text for words in known) for known in (_GONE, _LATE))
+    if not (gone or late):
+        return None
+    what = "another rank has ended" if gone else "another rank did not answer in time"
+    return (
+        f"rank {dist.rank()} of {dist.world_size()}: {what}, and the run cannot go on without it: the reason "
+        "stands in that rank's own output (a kill by the system's memory killer stands in none); the same "
+        "command goes on from the last checkpoint"
     )
