@@ -35,13 +35,20 @@ SIDECAR = ".index.npz"
 WORTH_KEEPING = 1000  # members; the index of a smaller local shard is sooner built than found
 
 
-def build_index(path: str | os.PathLike[str], settings: Settings | None = None) -> ShardIndex:
+def build_index(
+    path: str | os.PathLike[str], settings: Settings | None = None, source: str | None = None
+) -> ShardIndex:
     """Scan the headers of a shard; of a local one no member's data is read.
+
+    Args:
+        path: of the shard.
+        settings: of its storage.
+        source: what `probe` said of it, if it was asked.
 
     Raises UserError if the shard cannot be opened; any damage becomes `problems`.
     """
     name = os.fspath(path)
-    store = open_store(name, settings or Settings())
+    store = open_store(name, settings or Settings(), source)
     try:
         groups, problems = group(shown(name), store.pread, store.size)
         if store.damage:
@@ -92,7 +99,7 @@ def load_index(
     local = is_local(name)
     if index is not None and local:
         return index
-    index = index or build_index(name, settings)
+    index = index or build_index(name, settings, source)
     if local and settings.cache is None and len(index.offset) < WORTH_KEEPING:
         return index
     # What a file held before it was changed meanwhile must not be kept as what it holds now.

@@ -22,6 +22,11 @@ OPEN_BLOCKS = 64  # per thread
 IN_MEMORY = 4  # per thread, where the cache cannot be written
 
 
+def _close(block: int | bytes, close: Callable[[int], None] = os.close) -> None:
+    if isinstance(block, int):
+        close(block)
+
+
 class _Blocks(threading.local):
     """The blocks a thread read last: descriptors of cached ones, or bytes."""
 
@@ -43,14 +48,12 @@ class _Blocks(threading.local):
         while len(self.held) > OPEN_BLOCKS:
             _close(self.held.popitem(last=False)[1])
 
-    def __del__(self) -> None:
-        for block in self.held.values():
-            _close(block)
+    def clear(self, close: Callable[[int | bytes], None] = _close) -> None:
+        """Let go of all."""
+        while self.held:
+            close(self.held.popitem()[1])
 
-
-def _close(block: int | bytes, close: Callable[[int], None] = os.close) -> None:
-    if isinstance(block, int):  # `os` is gone when Python ends
-        close(block)
+    __del__ = clear  # when a thread ends, or Python, where a module's names are gone already
 
 
 _blocks = _Blocks()

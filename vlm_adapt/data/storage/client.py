@@ -21,7 +21,12 @@ from urllib.request import getproxies, proxy_bypass
 
 REDIRECTS = (301, 302, 303, 307, 308)
 _MOST_REDIRECTS = 5
+_SMALL = 1 << 14
 _MOST_CONNECTIONS = 8  # a thread's; shards usually lie with one or two servers
+
+
+class TooSlow(TimeoutError):
+    """The deadline has come."""
 
 
 class _Deadlined(io.RawIOBase):
@@ -36,12 +41,14 @@ class _Deadlined(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         left = self.deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("too slow")
+            raise TooSlow("too slow")
         self.sock.settimeout(min(left, self.stall))
         try:
             return self.raw.readinto(buffer)
         except TimeoutError as error:
-            raise TimeoutError(f"nothing came for {min(left, self.stall):.0f} s") from error
+            if left < self.stall:
+                raise TooSlow("too slow") from error
+            raise TimeoutError(f"nothing came for {self.stall:g} s") from error
 
     def close(self) -> None:
         self.raw.close()
@@ -53,11 +60,15 @@ class Answer:
 
     def __init__(self, response: http.client.HTTPResponse, connection: _Connection):
         self.response, self.connection = response, connection
-        self.status, self.headers = response.status, response.headers
+        self.status, self.headers, self.broken = response.status, response.headers, False
 
     def read(self, size: int) -> bytes:
         """`size` bytes, fewer where the body ends, b"" after it."""
-        return self.response.read(size)
+        try:
+            return self.response.read(size)
+        except BaseException:
+            self.broken = True
+            raise
 
     def extend(self, deadline: float) -> None:
         """Give the rest of the body until another time."""
@@ -65,8 +76,12 @@ class Answer:
             self.response.fp.raw.deadline = deadline  # type: ignore[attr-defined]
 
     def close(self) -> None:
-        """Keep the connection if the body was read to its end, else hang up."""
-        if not self.response.isclosed() or self.response.will_close:
+        """Keep the connection if the body came whole, or nearly so; else hang up."""
+        if not self.broken and 0 < (self.response.length or 0) <= _SMALL:
+            with suppress(OSError, http.client.HTTPException):
+                self.read(_SMALL)
+        ended = self.response.isclosed() and not self.response.length
+        if self.broken or not ended or self.response.will_close:
             self.connection.drop()
 
 
@@ -100,7 +115,7 @@ class _Connection:
         try:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise TimeoutError("too slow")
+                raise TooSlow("too slow")
             self.made.timeout = min(stall, left)
             if self.made.sock is None:
                 self.made.response_class = http.client.HTTPResponse

@@ -50,11 +50,14 @@ class Patience:
         self.address, self.seconds, self.step = address, settings.retry_seconds, settings.block_bytes
         self.deadline = time.monotonic() + self.seconds
         self.attempts = self.arrived = 0
+        self.reason = ""
 
     def failed(self, error: Exception) -> None:
         """Wait before another attempt. UserError when there is no time left for one, or no sense in it."""
         self.attempts += 1
-        name, reason = shown(self.address), _words(error)
+        if not (isinstance(error, client.TooSlow) and self.reason):  # else what came before says more
+            self.reason = _words(error)
+        name, reason = shown(self.address), self.reason
         unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
         if unknown or isinstance(error, ssl.SSLCertVerificationError):
             raise UserError(f"cannot read {name}: {reason}") from error
@@ -72,7 +75,7 @@ class Patience:
         """So many bytes have come: each `block_bytes` of them has its own time."""
         self.arrived += size
         if self.arrived >= self.step:
-            self.arrived, self.attempts = 0, 0
+            self.arrived, self.attempts, self.reason = 0, 0, ""
             self.deadline = time.monotonic() + self.seconds
 
 
@@ -132,6 +135,16 @@ def _check(address: str, answer: client.Answer, known: Content | None) -> None:
     raise UserError(f"cannot read {shown(address)}: {words}")
 
 
+def _last_byte(address: str, answer: client.Answer, start: int) -> int:
+    """Where the range of an answer ends, which must begin at `start`."""
+    if answer.status == 416:
+        raise _changed(address)
+    found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
+    if found is None or found.group(1) != str(start):
+        raise Fault("the server answered with another range")
+    return int(found.group(2))
+
+
 def _ask(address: str, span: str, settings: Settings, patience: Patience) -> client.Answer:
     headers = {"Range": f"bytes={span}"} if span else {}
     return client.get(address, headers, settings.stall_seconds, patience.deadline)
@@ -162,18 +175,14 @@ def read_range(address: str, start: int, size: int, settings: Settings, known: C
         try:
             answer = _ask(address, f"{start + len(data)}-{start + size - 1}", settings, patience)
             try:
-                _check(address, answer, known)
-                if answer.status == 416:
-                    raise _changed(address)
-                found = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
                 if answer.status == 200:
                     raise Fault("the server ignored the range that was asked for")
-                if found is None or found.group(1) != str(start + len(data)):
-                    raise Fault("the server answered with another range")
+                _check(address, answer, known)
+                last = _last_byte(address, answer, start + len(data))
                 before = len(data)
                 while chunk := answer.read(min(_CHUNK, size - len(data))):
                     data += chunk
-                all_promised = int(found.group(2)) >= start + size - 1  # a server may limit a range
+                all_promised = last >= start + size - 1  # a server may limit a range
                 if len(data) == before or (all_promised and len(data) < size):
                     raise Fault("the answer was cut short")
             finally:
@@ -192,7 +201,10 @@ def stream(address: str, settings: Settings, known: Content) -> Iterator[bytes]:
             answer = _ask(address, span, settings, patience)
             try:
                 _check(address, answer, Content(known.size, known.tag))
-                again, seen = (position, 0) if answer.status == 200 else (0, 0)
+                again, seen = position, 0
+                if answer.status != 200:
+                    again = 0
+                    _last_byte(address, answer, position)
                 while chunk := answer.read(_CHUNK):
                     if again:  # the server began anew: it must begin with the same bytes
                         old, chunk = chunk[:again], chunk[again:]
@@ -204,7 +216,7 @@ def stream(address: str, settings: Settings, known: Content) -> Iterator[bytes]:
                         patience.progress(len(chunk))
                         yield chunk
                         answer.extend(patience.deadline)
-                if again or (known.size is not None and position < known.size):
+                if again or (known.size is not None and position != known.size):
                     raise Fault("the answer was cut short")
                 return
             finally:

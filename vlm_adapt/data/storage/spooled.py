@@ -10,7 +10,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 from vlm_adapt.data.storage import Settings, Store, is_local, shown
@@ -28,7 +27,10 @@ class SpooledStore:
     def __init__(self, fd: int, size: int, digest: str, source: str, damage: str):
         self.fd, self.size, self.damage = fd, size, damage
         self.identity = f"spooled {size} {digest[:32]} of {source}"
-        self.pread = partial(os.pread, fd)
+
+    def pread(self, size: int, offset: int, /) -> bytes:
+        """The bytes `[offset, offset + size)`; what follows in the file is the cache's."""
+        return os.pread(self.fd, max(0, min(size, self.size - offset)), offset)
 
     def close(self, close: Callable[[int], None] = os.close) -> None:  # `os` is gone when Python ends
         """Close the file."""
