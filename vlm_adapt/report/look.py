@@ -75,6 +75,12 @@ def look(feed: Feed, count: int = 2000, seed: int = 0, tick: Callable[[int], Non
     return found
 
 
+def tower_size(feed: Feed) -> tuple[int, int] | None:
+    """(height, width) of every image for the tower; None where images keep their own aspect."""
+    spec = feed.reader.image_spec
+    return None if spec.native is not None else spec.size
+
+
 def row_length(feed: Feed) -> int:
     """Tokens of a packed row of this run."""
     return feed.run.data.row_length or feed.run.model.language.max_length
@@ -131,7 +137,7 @@ def lines(feed: Feed, found: Look) -> list[tuple[str, str]]:
     if found.sizes:
         spec = feed.reader.image_spec
         to = f"{spec.size[1]} x {spec.size[0]}, {encoder.tokens_per_image} tokens each ({spec.resize})"
-        to = "grids of their own aspect" if getattr(spec, "native", None) else to
+        to = "grids of their own aspect" if tower_size(feed) is None else to
         rows.append(("images become", to))
     account = found.account
     rows.append(

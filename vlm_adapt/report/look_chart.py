@@ -39,13 +39,13 @@ LAYOUT: Any = {
 
 
 def draw_look(
-    found: Look, output: str | os.PathLike[str], tower: tuple[int, int], most: int, batching: str
+    found: Look, output: str | os.PathLike[str], tower: tuple[int, int] | None, most: int, batching: str
 ) -> Path:
     """Four panels in one file.
 
     Args:
         output: .png, .pdf or .svg.
-        tower: (height, width) that images get.
+        tower: (height, width) that images get; None where each keeps its own.
         most: tokens a text may have.
         batching: the run's own way, which is drawn in colour.
 
@@ -75,7 +75,7 @@ def draw_look(
     return path
 
 
-def _sizes(axes: Any, sizes: Sequence[tuple[int, int]], tower: tuple[int, int]) -> None:
+def _sizes(axes: Any, sizes: Sequence[tuple[int, int]], tower: tuple[int, int] | None) -> None:
     axes.set(title=f"Image files ({len(sizes):,})", xlabel="width in pixels", ylabel="height in pixels")
     if not sizes:
         return
@@ -83,6 +83,10 @@ def _sizes(axes: Any, sizes: Sequence[tuple[int, int]], tower: tuple[int, int]) 
     widths, heights = zip(*counts, strict=True)
     area = [8 + 60 * (times / max(counts.values())) ** 0.5 for times in counts.values()]
     axes.scatter(widths, heights, s=area, color=BLUE, alpha=0.45, linewidths=0)
+    axes.set_xlim(0, 1.12 * max(*widths, tower[1] if tower else 0))
+    axes.set_ylim(0, 1.12 * max(*heights, tower[0] if tower else 0))
+    if tower is None:
+        return
     axes.plot(tower[1], tower[0], marker="s", markersize=5, color=ORANGE, linestyle="none")
     name = f"tower {tower[1]} × {tower[0]}"
     right = tower[1] > 0.6 * max(widths)  # then there is no room beside it
@@ -90,8 +94,6 @@ def _sizes(axes: Any, sizes: Sequence[tuple[int, int]], tower: tuple[int, int]) 
     axes.annotate(
         name, (tower[1], tower[0]), place, textcoords="offset points", color=ORANGE, horizontalalignment=side
     )
-    axes.set_xlim(0, 1.12 * max(*widths, tower[1]))
-    axes.set_ylim(0, 1.12 * max(*heights, tower[0]))
 
 
 def _text(axes: Any, found: Look, most: int) -> None:

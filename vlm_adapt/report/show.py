@@ -118,8 +118,6 @@ def _images(feed: Feed, number: int, rows: list[Encoded]) -> Iterator[Text]:
     tokens: dict[int, int] = {}
     for row in rows:
         tokens |= dict(zip(row.image_order, row.image_lengths, strict=True))
-    spec = feed.reader.image_spec
-    way = "own aspect" if getattr(spec, "native", None) else spec.resize
     for place, data in enumerate(sample.images):
         line = f"image {place}: {len(data):,} bytes"
         try:
@@ -128,9 +126,15 @@ def _images(feed: Feed, number: int, rows: list[Encoded]) -> Iterator[Text]:
         except BadSample as error:
             line += f", {error}"
         if rows and place < len(rows[0].pixels):
-            shape = rows[0].pixels[place].shape
-            line += f" -> {shape[-1]} x {shape[-2]} for the tower ({way})"
+            line += f" -> {_for_tower(rows[0].pixels[place], feed.reader.image_spec.resize)}"
         yield Text(f"{line}, {tokens.get(place, 0)} tokens")
+
+
+def _for_tower(pixels: Any, resize: str) -> str:
+    """Of an image as the tower gets it: patches of its own aspect, or pixels_CHW."""
+    if hasattr(pixels, "grid"):
+        return f"{pixels.grid[1]} x {pixels.grid[0]} patches for the tower (own aspect)"
+    return f"{pixels.shape[2]} x {pixels.shape[1]} for the tower ({resize})"
 
 
 def _row(feed: Feed, row: Encoded, name: str, marks: Marks) -> Iterator[Text]:
