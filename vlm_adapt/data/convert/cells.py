@@ -41,7 +41,7 @@ def read_cell(cell: Any, folders: Sequence[str]) -> tuple[str, bytes]:
         try:
             return checked_image(base64.b64decode(cell.partition(",")[2], validate=True), "base64")
         except binascii.Error as error:
-            raise BadSample("image is not readable base64", str(error)) from error
+            raise BadSample("image written as text cannot be read", f"base64: {error}") from error
     name = cell.removeprefix("file://")
     if _ADDRESS.match(name):
         raise BadSample("image is an address, not a file", name)

@@ -68,8 +68,7 @@ class Columns:
                 if strict and column not in header:
                     near = nearest(column, header)
                     raise UserError(
-                        f"{source} has no column '{column}'{near}{';' if near else ':'} it has "
-                        + ", ".join(header)
+                        f"{source} has no column '{column}'{near or ':'} it has " + ", ".join(header)
                     )
                 places[field] = column
             elif not column:
