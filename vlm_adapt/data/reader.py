@@ -18,6 +18,7 @@ import numpy as np
 
 from vlm_adapt.config.schema import Data, Source
 from vlm_adapt.data.encode import Encoded, Encoder
+from vlm_adapt.data.masks import check_mask
 from vlm_adapt.data.patches import image_tokens, load_images
 from vlm_adapt.data.phrase import Asked, Images, Phrasing
 from vlm_adapt.data.problems import Account, BadSample, Problem
@@ -25,6 +26,7 @@ from vlm_adapt.data.sample import Sample, parse_sample
 from vlm_adapt.data.select import select
 from vlm_adapt.data.shards import ShardSet
 from vlm_adapt.data.sizes import seen_size
+from vlm_adapt.data.storage import is_local
 from vlm_adapt.data.tasks.task import make_task
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
@@ -64,7 +66,8 @@ class Reader:
     ):
         data = data or Data()
         self.encoder, self.image_spec, self.seed, self.max_pixels = encoder, image_spec, seed, data.max_pixels
-        self.sets = [ShardSet(source.shards, data.cache_dir) for source in sources]
+        cache, limit = data.cache_dir, round(data.cache_gb * 1e9)
+        self.sets = [ShardSet(source.shards, cache, limit) for source in sources]
         self.names = _names(sources)
         branches = template.prompt_is_causal and not encoder.seq2seq
         self.phrasings = [
@@ -95,7 +98,7 @@ class Reader:
     @property
     def remote(self) -> bool:
         """Whether some shards are not local files."""
-        return any(getattr(one, "remote", False) for one in self.sets)
+        return not all(is_local(index.path) for one in self.sets for index in one.indexes)
 
     def counts(self, source: int) -> tuple[int, ...]:
         """Samples of each shard of a source, as far as its settings leave them in."""
@@ -121,6 +124,11 @@ class Reader:
         source, local = self.locate(number)
         key, members = self.sets[source].read(local)
         sample, phrasing = parse_sample(key, members), self.phrasings[source]
+        masks = [mask for mask in (sample.mask, *sample.masks.values()) if mask is not None]
+        if masks and sample.images:
+            size = seen_size(sample.images[0], self.max_pixels)
+            for mask in masks:
+                check_mask(mask, size)
         kept = phrasing.images(sample.record, len(sample.images))
         return replace(sample, images=[sample.images[place] for place in kept]), phrasing
 
