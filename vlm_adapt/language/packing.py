@@ -64,7 +64,7 @@ def _try(language: Any, device: torch.device) -> None:
     together = states(embeds_BTD, slice(None))
     for mine, other in (texts, texts[::-1]):
         changed_BTD = embeds_BTD.clone()
-        changed_BTD[:, other] = changed_BTD[:, other].flip(1)
+        changed_BTD[:, other] = -2 * changed_BTD[:, other].flip(1)
         same = states(changed_BTD, slice(None))[mine]
         alone = states(embeds_BTD, mine)
         spread = float(alone.std())
