@@ -36,7 +36,7 @@ class Group:
 
     Attributes:
         source: its number in the table of sources.
-        shard: the path at which it was read.
+        shard: the path or address at which it was read, without password or query.
         file_bytes: its size; a shard of another size is another shard.
     """
 
@@ -146,6 +146,7 @@ def read_score_file(path: Path) -> ScoreFile:
         made = ScoreFile(keys, tensors["group"], groups, scores, words["sources"], words["made"])
         lengths = {len(made.group), *(len(values) for values in scores.values())}
         whole = lengths == {len(keys)} and set(np.unique(made.group).tolist()) <= set(range(len(groups)))
+        whole = whole and {one.source for one in groups} <= set(range(len(made.sources)))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"'{path}' is a damaged file of scores ({error}): write it anew") from error
     if not whole:

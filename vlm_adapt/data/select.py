@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,6 +26,7 @@ from vlm_adapt.config.schema import Source
 from vlm_adapt.data.index import ShardIndex
 from vlm_adapt.data.score_file import Group, ScoreFile, read_score_file
 from vlm_adapt.data.shards import ShardSet
+from vlm_adapt.data.storage import shown
 from vlm_adapt.errors import UserError
 
 EXAMPLES = 5
@@ -134,37 +136,38 @@ def _scores_of(
     """Of each sample of a source: its score (NaN without), whether the file knows it, and its checksum."""
     by_group = np.argsort(file.group, kind="stable")
     bounds = np.searchsorted(file.group[by_group], np.arange(len(file.groups) + 1))
-    column = file.scores[by]
-    scores: list[float] = []
-    known: list[bool] = []
-    ties: list[int] = []
+    by_name: dict[str, list[int]] = {}
+    for place, one in enumerate(file.groups):
+        by_name.setdefault(_file_name(one.shard), []).append(place)
+    column = np.append(file.scores[by].astype(np.float64), np.nan)  # row -1: not in the file
+    rows_N: list[int] = []
+    ties_N: list[int] = []
     for index in shards.indexes:
-        name = PurePath(index.path).name.encode("utf-8", "surrogateescape")
-        group = _group_of(source, index, file, path)
-        place: dict[bytes, int] = {}
+        name = _file_name(index.path)
+        group = _group_of(source, index, file, by_name.get(name, []), path)
+        row_of: dict[bytes, int] = {}
         if group is not None:
             rows = by_group[bounds[group] : bounds[group + 1]]
-            place = {file.keys[row]: row for row in rows.tolist()}
-        for key in keys_of(index):
-            row = place.get(key)
-            known.append(row is not None)
-            scores.append(float("nan") if row is None else column[row])
-            ties.append(zlib.crc32(key, zlib.crc32(name)))
-    return np.array(scores, np.float64), np.array(known, bool), np.array(ties, np.int64)
+            row_of = {file.keys[row]: row for row in rows.tolist()}
+        keys, start = keys_of(index), zlib.crc32(name.encode("utf-8", "surrogateescape"))
+        rows_N += [row_of.get(key, -1) for key in keys]
+        ties_N += [zlib.crc32(key, start) for key in keys]
+    found = np.array(rows_N, np.int64)
+    return column[found], found >= 0, np.array(ties_N, np.int64)
 
 
-def _group_of(source: Source, index: ShardIndex, file: ScoreFile, path: Path) -> int | None:
+def _group_of(
+    source: Source, index: ShardIndex, file: ScoreFile, named: Sequence[int], path: Path
+) -> int | None:
     """Which of the file's shards this one is: by name and size, then by the source's words, then by path.
+
+    Args:
+        named: places of the file's shards that have its name.
 
     Raises:
         UserError: several fit equally well.
     """
-    name = PurePath(index.path).name
-    fitting = [
-        place
-        for place, group in enumerate(file.groups)
-        if PurePath(group.shard).name == name and _same_size(group, index)
-    ]
+    fitting = [place for place in named if _same_size(file.groups[place], index)]
     if len(fitting) < 2:
         return fitting[0] if fitting else None
     words = source.model_dump(mode="json")
@@ -173,15 +176,15 @@ def _group_of(source: Source, index: ShardIndex, file: ScoreFile, path: Path) ->
         group = file.groups[place]
         scored = file.sources[group.source]
         same = [scored.get(key) == words[key] for key in ("task", "prompt")]
-        return same[0], same[1], _common_end(group.shard, index.path)
+        return same[0], same[1], _common_end(group.shard, shown(index.path))
 
     best = max(map(likeness, fitting))
     fitting = [place for place in fitting if likeness(place) == best]
     if len({file.groups[place].shard for place in fitting}) > 1:
         paths = " and ".join(f"'{file.groups[place].shard}'" for place in fitting[:2])
         raise UserError(
-            f"'{path}' has scores of {paths}, and '{index.path}' could be either: write a file of scores "
-            "for each source (vlm-adapt scores --shards)"
+            f"'{path}' has scores of {paths}, and '{shown(index.path)}' could be either: write a file of "
+            "scores for each source (vlm-adapt scores --shards)"
         )
     return fitting[0]
 
@@ -214,19 +217,24 @@ def keys_of(index: ShardIndex) -> list[bytes]:
 
 def _named(shards: ShardSet, number: int) -> str:
     ref = shards.ref(number)
-    return f"'{ref.key}' of {PurePath(ref.shard).name}"
+    return f"'{ref.key}' of {_file_name(ref.shard)}"
+
+
+def _file_name(shard: str) -> str:
+    """The last part of a path or an address, without what an address asks."""
+    return PurePath(shown(shard)).name
 
 
 def _strangers(path: Path, file: ScoreFile, shards: ShardSet, missing: int) -> str:
     """Why most samples of a source have no score, in one sentence."""
     text = f"'{path}' has no scores of {missing:,} of {len(shards):,} samples"
-    names = {PurePath(group.shard).name: group.file_bytes for group in file.groups}
+    names = {_file_name(group.shard): group.file_bytes for group in file.groups}
     first = shards.indexes[0]
-    name = PurePath(first.path).name
+    name = _file_name(first.path)
     if name not in names:
         some = ", ".join(list(names)[:3])
         return f"{text}: it belongs to other shards ({some}, not {name})"
-    if not any(_same_size(group, first) for group in file.groups if PurePath(group.shard).name == name):
+    if not any(_same_size(group, first) for group in file.groups if _file_name(group.shard) == name):
         sizes = f"{names[name]:,} bytes when it was scored and {first.file_bytes:,} now"
         return f"{text}: shard {name} had {sizes}, so score it anew"
     return f"{text}: it was written with a limit, or for other shards; score these anew"

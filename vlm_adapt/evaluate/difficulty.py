@@ -193,6 +193,7 @@ class _Pass:
     autocast: Callable[[], AbstractContextManager[None]]
     device: torch.device
     account: Account = field(default_factory=Account)
+    stopped: bool = False
 
     def run(self, numbers: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, tuple[float, ...]]]]]:
         """(samples done, the rows of scores of the next ones), batch by batch."""
@@ -225,11 +226,14 @@ class _Pass:
                 coming += [pool.submit(self._read, part) for part in parts[after : after + 1]]
                 yield items
         finally:
+            self.stopped = True  # Ctrl-C need not wait for images that nobody will see
             pool.shutdown(cancel_futures=True)
 
     def _read(self, numbers: Sequence[int]) -> list[_Item]:
         items = []
         for number in numbers:
+            if self.stopped:
+                break
             try:
                 sample, phrasing = self.reader.sample(number)
                 items.append(_Item(number, self.reader.references(sample, phrasing)))

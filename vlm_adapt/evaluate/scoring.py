@@ -20,8 +20,10 @@ from vlm_adapt.config.load import load_run
 from vlm_adapt.config.schema import Run, Source
 from vlm_adapt.data.score_file import Group, ScoreFile, check_output
 from vlm_adapt.data.select import keys_of
+from vlm_adapt.data.storage import shown
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.difficulty import Scored, score_samples
+from vlm_adapt.models.build import compute_dtype
 from vlm_adapt.models.restore import find_checkpoint, read_checkpoint, restore
 
 FILE = "scores.safetensors"
@@ -72,7 +74,7 @@ def score_checkpoints(
     made: list[Scored] = []
     steps = []
     for number, folder in enumerate(folders):
-        assembled, _, _ = restore(folder)
+        assembled, _, _ = restore(folder, compute_dtype(stage_run.train.bf16))
         device = dist.device()
         assembled.model.to(device)
         autocast = _autocast(device, assembled.dtype)
@@ -144,13 +146,13 @@ def score_file(scored: Scored, sources: Sequence[Source], made: dict[str, Any]) 
         for index in shards.indexes:
             keys += keys_of(index)
             group_of.append(np.full(len(index), len(groups), np.int32))
-            groups.append(Group(number, index.path, index.file_bytes))
+            groups.append(Group(number, shown(index.path), index.file_bytes))
     place = scored.looked_at
     return ScoreFile(
         keys=[keys[number] for number in place.tolist()],
         group=np.concatenate(group_of)[place],
         groups=groups,
         scores={name: values[place].astype(np.float32) for name, values in scored.scores.items()},
-        sources=[source.model_dump(mode="json") for source in sources],
+        sources=[source.model_dump(mode="json", include={"name", "prompt", "task"}) for source in sources],
         made=made,
     )

@@ -45,7 +45,8 @@ def draw(reader: Reader, values: np.ndarray, by: str, output: Path) -> None:
     count = min(SHOWN, max(1, len(order) // 2))
     figure = Figure(figsize=(11, 8.4), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot: no global state, no window
-    top, *rows = figure.subfigures(3, 1, height_ratios=[1.0, 1.25, 1.25])
+    parts: Any = figure.subfigures(3, 1, height_ratios=[1.0, 1.25, 1.25])
+    top, *rows = parts
     _histogram(top, values[known], by)
     for part, title, numbers in zip(
         rows, ("easiest", "hardest"), (order[:count], order[::-1][:count]), strict=True
