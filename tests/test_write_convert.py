@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlm_adapt.data.convert import CONVERTERS
 from vlm_adapt.data.convert.run import check_options, write_dataset
+from vlm_adapt.data.index import SIDECAR
 from vlm_adapt.data.inspect import contact_sheet, summary, words
 from vlm_adapt.data.sample import parse_sample
 from vlm_adapt.data.shards import ShardSet
@@ -56,8 +57,9 @@ def test_webdataset_reads_what_is_written(tmp_path):
         for sample in samples(10):
             writer.write(sample)
         assert writer.count == 10
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.tar", "000001.tar", "000002.tar"]
-    urls = [str(path) for path in sorted(tmp_path.iterdir())]
+    names = ["000000.tar", "000001.tar", "000002.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, *(n + SIDECAR for n in names)])
+    urls = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [sample["__key__"] for sample in read] == [sample["__key__"] for sample in samples(10)]
     assert [json.loads(sample["json"]) for sample in read] == [sample["json"] for sample in samples(10)]
@@ -81,7 +83,7 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path):
             if number == 5:
                 writer._shard._file = _Full(writer._shard._file)
             writer.write(sample)
-    assert [path.name for path in tmp_path.iterdir()] == ["000000.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.tar", "000000.tar" + SIDECAR]
     assert len(ShardSet(tmp_path)) == 3
 
 
@@ -125,7 +127,7 @@ def test_folders_are_not_mixed(tmp_path):
     with pytest.raises(UserError, match="already holds 1 shard"):
         ShardWriter(tmp_path)
     with ShardWriter(tmp_path, overwrite=True):
-        assert not list(tmp_path.glob("*.tar"))
+        assert not list(tmp_path.iterdir())
     save(tmp_path / "mine.tar", b"precious")
     with pytest.raises(UserError, match="other archives"):
         ShardWriter(tmp_path, overwrite=True)
@@ -184,7 +186,7 @@ def test_an_interrupted_conversion_is_not_read(tmp_path, coco, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_dataset("coco_captions", out, coco, max_count=1, workers=0, progress=False)
     monkeypatch.undo()
-    assert {path.name for path in out.iterdir() if path.suffix != ".npz"} == {"000000.tar", UNFINISHED}
+    assert {path.name for path in out.iterdir()} == {"000000.tar", "000000.tar" + SIDECAR, UNFINISHED}
     with pytest.raises(UserError, match="not all written"):
         ShardSet(out)
     done = write_dataset("coco_captions", out, coco, max_count=1, workers=0, progress=False)
@@ -194,6 +196,15 @@ def test_an_interrupted_conversion_is_not_read(tmp_path, coco, monkeypatch):
     (out / done["shards"][1]["name"]).unlink()
     with pytest.raises(UserError, match="lacks 1 of its 2 shards"):
         ShardSet(out)
+
+
+def test_damaged_images_are_refused_where_they_are_looked_at(tmp_path, coco):
+    picture = Path(coco["images"]) / "000000000002.jpg"
+    picture.write_bytes(image("JPEG", size=(64, 64))[:-200])
+    assert write_dataset("coco_captions", tmp_path / "a", coco, workers=0, progress=False)["samples"] == 2
+    done = write_dataset("coco_captions", tmp_path / "b", coco, check=True, workers=0, progress=False)
+    assert done["samples"] == 1 and done["check"] is True
+    assert [key for keys in done["examples"].values() for key in keys if key.startswith("000000000002 ")]
 
 
 def test_options():

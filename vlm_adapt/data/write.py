@@ -90,15 +90,15 @@ def remove_shards(folder: Path, keep: frozenset[str] = frozenset()) -> None:
 
     The summary goes first: what is left then is not a finished set.
     """
-    from vlm_adapt.data import index
+    from vlm_adapt.data.index import SIDECAR
 
     with clear_errors(folder):
         (folder / SUMMARY).unlink(missing_ok=True)
         for path in [*shards_in(folder), *folder.glob(".*.part")]:
             if path.name not in keep:
                 path.unlink()
-                if path.suffix == ".tar" and hasattr(index, "SIDECAR"):
-                    path.with_name(path.name + index.SIDECAR).unlink(missing_ok=True)
+                if path.suffix == ".tar":
+                    path.with_name(path.name + SIDECAR).unlink(missing_ok=True)
 
 
 def _to_bytes(key: str, name: str, value: Any) -> bytes:
@@ -188,7 +188,7 @@ class Shard:
 
     def finish(self) -> dict[str, Any]:
         """End mark, final name, index; returns `{name, samples, bytes}`."""
-        from vlm_adapt.data import index  # numpy, which a writer of a few shards need not load before
+        from vlm_adapt.data.index import write_sidecar  # numpy and more, which `--help` need not load
 
         try:
             with clear_errors(self.path):
@@ -199,8 +199,7 @@ class Shard:
                 size = self._file.tell()
                 self._file.close()
                 os.replace(self._temporary, self.path)
-                if hasattr(index, "write_sidecar"):
-                    index.write_sidecar(self.path)
+                write_sidecar(self.path)
         except BaseException:
             self.discard()
             raise
