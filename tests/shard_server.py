@@ -40,6 +40,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers ranges of the files of a folder, unless a fault is due."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Server
 
     def do_GET(self) -> None:

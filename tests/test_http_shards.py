@@ -123,7 +123,7 @@ def test_a_server_that_errs_sometimes(server, local, tmp_path, faults, capsys):
     ids=["500", "stall", "reset", "short", "drip"],
 )
 def test_a_server_that_errs_always_is_named_in_time(server, tmp_path, fault, words):
-    limits = settings(tmp_path, retry_seconds=1.0)
+    limits = settings(tmp_path, retry_seconds=0.7)
     shards = ShardSet(server.address("s.tar"), settings=limits)
     server.always = fault
     empty(tmp_path / "cache")

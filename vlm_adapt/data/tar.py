@@ -99,12 +99,14 @@ def _parse(block: bytes) -> _Header | None:
     return _Header(name, size, kind)
 
 
-def _pax_records(payload: bytes) -> dict[str, str]:
+def _pax_records(payload: bytes) -> dict[str, str] | None:
+    """The records of an extended header, None where they do not follow each other without a gap."""
     records, position = {}, 0
-    while match := _PAX_RECORD.match(payload, position):
-        length = int(match.group(1))
-        if length == 0:
-            break
+    while position < len(payload) and payload[position]:  # zeros may follow the last one
+        match = _PAX_RECORD.match(payload, position)
+        length = int(match.group(1)) if match and len(match.group(1)) < 10 else 0
+        if match is None or payload[position + length - 1 : position + length] != b"\n":
+            return None
         value = payload[match.end() : position + length - 1]
         records[match.group(2).decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         position += length
@@ -146,9 +148,11 @@ def scan(source: int | Read, length: int) -> Iterator[Member | Unreadable | Dama
 
     After a bad header the scan goes on at the next block that is a header with a right checksum. (An
     archive stored inside a damaged member could be taken for such; the damage before it is reported.)
+    tar sums its headers, but not what an extended header holds: a damaged long name is a wrong name.
     """
     read: Read = partial(os.pread, source) if isinstance(source, int) else source
     position, everywhere = 0, dict[str, str]()
+    records: dict[str, str] | None = None
     pax, long_name = dict[str, str](), None
     while True:
         block = read(BLOCK, position)
@@ -168,6 +172,10 @@ def scan(source: int | Read, length: int) -> Iterator[Member | Unreadable | Dama
             elif len(payload) < header.size:
                 yield Damage(position, "cut off inside an extended header")
                 return
+            elif header.kind in b"xXg":
+                records = _pax_records(payload)
+                if records is None:
+                    header = None
         if header is None:
             following = _next_header(read, position + BLOCK)
             what = "corrupt header"
@@ -185,9 +193,9 @@ def scan(source: int | Read, length: int) -> Iterator[Member | Unreadable | Dama
             if header.kind == ord("L"):
                 long_name = _text(payload)
             elif header.kind == ord("g"):
-                everywhere.update(_pax_records(payload))
+                everywhere.update(records or {})
             elif header.kind in b"xX":
-                pax.update(_pax_records(payload))
+                pax.update(records or {})
             position = after
             continue
         pax = {**everywhere, **pax}

@@ -18,7 +18,7 @@ from vlm_adapt.data.storage.http import Content, look, read_range, stream
 from vlm_adapt.data.storage.spooled import cannot_keep, open_spooled, source_of
 from vlm_adapt.data.storage.unpack import is_compressed_name
 
-OPEN_BLOCKS = 64  # per thread
+OPEN_BLOCKS = 16  # per thread; an evicted block keeps its place on the disk while it is open
 IN_MEMORY = 4  # per thread, where the cache cannot be written
 
 
