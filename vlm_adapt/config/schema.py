@@ -162,7 +162,7 @@ class Train(Section):
 
     objective: str = Field("language", description="what is minimised: language, or embedding to warm up")
     cache_features: int = Field(0, ge=0, description="images whose features a frozen tower keeps in memory")
-    per_device_train_batch_size: int = Field(8, gt=0, description="samples a process and microbatch")
+    per_device_train_batch_size: int = Field(8, gt=0, description="rows a process and microbatch")
     gradient_accumulation_steps: int = Field(1, gt=0)
     max_steps: int = Field(0, ge=0, description="0 leaves it to num_train_epochs")
     num_train_epochs: float = Field(1.0, gt=0)

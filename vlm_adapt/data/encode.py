@@ -7,6 +7,7 @@ are a prefix of the ids of the same conversation with its answer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -106,6 +107,17 @@ class Encoder:
         opened = tokenizer("a").input_ids
         self.begin_id = begin if begin is not None and opened and opened[0] == begin else None
         self._tokens = lru_cache(maxsize=65536)(self._tokenize)
+
+    def twin(self) -> Encoder:
+        """The same with a tokenizer of its own, for another thread: tokenizers bear one at a time."""
+        return Encoder(
+            copy.deepcopy(self.tokenizer),
+            self.tokens_per_image,
+            self.max_length,
+            self.seq2seq,
+            self.start_id,
+            self.state_size,
+        )
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))

@@ -7,9 +7,12 @@ Nothing is dropped in this house without an entry here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
+
+from vlm_adapt.config.schema import Source
 
 EXAMPLES = 5
 _NUMBER = re.compile(r"\d[\d,.]*(?<=\d)")
@@ -155,3 +158,13 @@ class Account:
             examples={reason: list(keys) for reason, keys in data["examples"].items()},
             sources={name: dict(counts) for name, counts in data["sources"].items()},
         )
+
+
+def source_names(sources: Sequence[Source]) -> list[str]:
+    """What the journal calls each source: its name, or its first shard pattern; numbered where equal."""
+    names: list[str] = []
+    for source in sources:
+        first = source.shards if isinstance(source.shards, str) else source.shards[0]
+        name = source.name or PurePath(first.split("::")[0]).name or first
+        names.append(name if name not in names else f"{name} ({len(names)})")
+    return names

@@ -6,12 +6,12 @@ Picklable, so that worker processes can carry it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,10 @@ from vlm_adapt.data.encode import Encoded, Encoder
 from vlm_adapt.data.masks import check_mask
 from vlm_adapt.data.patches import image_tokens, load_images
 from vlm_adapt.data.phrase import Asked, Images, Phrasing
-from vlm_adapt.data.problems import Account, BadSample, Problem
+from vlm_adapt.data.problems import Account, BadSample, Problem, source_names
 from vlm_adapt.data.sample import Sample, parse_sample
 from vlm_adapt.data.select import select
-from vlm_adapt.data.shards import ShardSet
+from vlm_adapt.data.shards import SampleRef, ShardSet
 from vlm_adapt.data.sizes import seen_size
 from vlm_adapt.data.storage import is_local
 from vlm_adapt.data.tasks.task import make_task
@@ -68,7 +68,7 @@ class Reader:
         self.encoder, self.image_spec, self.seed, self.max_pixels = encoder, image_spec, seed, data.max_pixels
         cache, limit = data.cache_dir, round(data.cache_gb * 1e9)
         self.sets = [ShardSet(source.shards, cache, limit) for source in sources]
-        self.names = _names(sources)
+        self.names = source_names(sources)
         branches = template.prompt_is_causal and not encoder.seq2seq
         self.phrasings = [
             Phrasing(
@@ -140,14 +140,16 @@ class Reader:
 
     def key(self, number: int) -> str:
         """The key of a sample, without reading it."""
-        source, local = self.locate(number)
-        return self.sets[source].ref(local).key
+        return self._ref(number).key
 
     def place(self, number: int) -> str:
         """A sample in words: its key and shard."""
-        source, local = self.locate(number)
-        ref = self.sets[source].ref(local)
+        ref = self._ref(number)
         return f"'{ref.key}' of {ref.shard}"
+
+    def _ref(self, number: int) -> SampleRef:
+        source, local = self.locate(number)
+        return self.sets[source].ref(local)
 
     def training(
         self,
@@ -189,6 +191,12 @@ class Reader:
             BadSample: `training` will refuse it for the same reason.
         """
         return [len(row) for row in self._encoded(*self._sentences(number, epoch, position))]
+
+    def twin(self) -> Reader:
+        """The same samples for another thread."""
+        other = copy.copy(self)
+        other.encoder = self.encoder.twin()
+        return other
 
     def _sentences(
         self, number: int, epoch: int, position: int
@@ -263,16 +271,6 @@ class Reader:
         return load_images(sample.images, self.image_spec, self.max_pixels, draws, like)
 
 
-def _names(sources: Sequence[Source]) -> list[str]:
-    """What the journal calls each source: its name, or its first shard pattern; numbered where equal."""
-    names: list[str] = []
-    for source in sources:
-        first = source.shards if isinstance(source.shards, str) else source.shards[0]
-        name = source.name or PurePath(first.split("::")[0]).name or first
-        names.append(name if name not in names else f"{name} ({len(names)})")
-    return names
-
-
 def _choose(source: Source, shards: ShardSet) -> range | np.ndarray:
     """The samples of a source that its settings leave in, by their numbers in its shards."""
     kept = select(source, shards)
@@ -285,8 +283,7 @@ def _clear(call: Any, *arguments: Any, **named: Any) -> Any:
     try:
         return call(*arguments, **named)
     except UserError as error:
-        reason = "messages or images do not fit together"
-        raise BadSample(reason, str(error)) from error
+        raise BadSample("messages or images do not fit together", str(error)) from error
 
 
 def _generator(*words: int) -> np.random.Generator:

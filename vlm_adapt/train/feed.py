@@ -71,5 +71,7 @@ def build_feed(assembled: Assembled, run: Run, stage_run: Run, stage: int) -> Fe
                 "puts samples of like length together"
             )
         options["length"] = length
-    rows = BATCHING.load(data.batching)(plan, reader.measure, length, shape.global_batch)
+    # Texts are measured in a thread beside training, which may tokenize for an evaluation.
+    measure = (reader.twin() if data.workers else reader).measure
+    rows = BATCHING.load(data.batching)(plan, measure, length, shape.global_batch)
     return Feed(reader, plan, rows, Stream(reader, rows, shape, options, data.workers))
