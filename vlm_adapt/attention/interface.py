@@ -70,11 +70,12 @@ def attend(
         attention_mask = attention_mask.dense()
     if on_cpu and not odd:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if attention_mask is None and causal and square and queries > 1:
+        if attention_mask is not None or not causal or queries == 1:
+            if not dropout:
+                return by_mask(query, key, value, attention_mask, scale), None
+        elif square:
             texts = [causal_text(row * queries, queries, query.dtype) for row in range(batch)]
             return by_text(query, key, value, texts, scale, dropout), None
-        if attention_mask is not None and not dropout:
-            return by_mask(query, key, value, attention_mask, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 

@@ -109,17 +109,22 @@ def by_text(
     return _ByText.apply(*flat, texts, scale, dropout).unflatten(0, (len(query), query.shape[2]))
 
 
-def by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Attention with a mask [B or 1, 1 or H, T, K], boolean or added to the scores."""
+def by_mask(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention of each row: query [B, H, T, D], key and value [B, G, K, D] to [B, T, H, D].
+
+    Args:
+        mask: [B or 1, 1 or H, T, K or more], boolean or added to the scores; None hides nothing.
+    """
     batch, heads, queries, _ = query.shape
     groups = key.shape[1]
     folded = query.reshape(batch * groups, -1, query.shape[-1]) * scale
     scores = torch.bmm(folded, key.flatten(0, 1).transpose(1, 2)).view(batch, heads, queries, -1)
-    mask = mask[..., : key.shape[2]]
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
-        scores = scores + mask.to(scores.dtype)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + mask.to(scores.dtype)
     probabilities = scores.softmax(-1).view(batch * groups, -1, scores.shape[-1])
     out = torch.bmm(probabilities, value.flatten(0, 1)).view(batch, heads, queries, -1)
     return out.transpose(1, 2).contiguous()
