@@ -4,7 +4,7 @@ Knows where an index may be found and when it fits; knows nothing about its arra
 how members make samples (grouping.py).
 
 A sidecar `NAME.tar.index.npz` is used when it fits the shard beside it: the same size, and the same
-headers at a few places. It is ignored, with a note, when it does not.
+blocks at a few places. It is ignored, with a note, when it does not.
 """
 
 from __future__ import annotations
@@ -155,12 +155,12 @@ def _fits(
 ) -> bool:
     if not marks and index.file_bytes >= BLOCK:
         return False
-    if content is not None:  # one request: what differs anywhere moves or changes what lies last
+    if content is not None:  # two small requests: what differs elsewhere moves what lies last
         if content.size != index.file_bytes:
             return False
         return all(
             zlib.crc32(read_range(name, place, BLOCK, settings, content)) == checksum
-            for place, checksum in marks[-1:]
+            for place, checksum in marks[-2:]
             if place + BLOCK <= index.file_bytes
         )
     store = open_store(name, settings)

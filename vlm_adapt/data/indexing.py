@@ -76,14 +76,14 @@ def load_indexes(names: Sequence[str], settings: Settings) -> list[ShardIndex]:
     return [found[name] for name in names]
 
 
-def _write_one(name: str) -> tuple[str, int, list[Problem]]:
+def _write_one(name: str) -> tuple[int, list[Problem]]:
     place = write_sidecar(name)
     loaded = from_bytes(place.read_bytes(), name)
     assert loaded is not None  # just written
-    return str(place), len(loaded[0]), list(loaded[0].problems)
+    return len(loaded[0]), list(loaded[0].problems)
 
 
-def _mapped(names: list[str], workers: int) -> Iterator[tuple[str, int, list[Problem]]]:
+def _mapped(names: list[str], workers: int) -> Iterator[tuple[int, list[Problem]]]:
     if workers == 1:
         yield from map(_write_one, names)
         return
@@ -93,14 +93,14 @@ def _mapped(names: list[str], workers: int) -> Iterator[tuple[str, int, list[Pro
 
 
 def write_sidecars(
-    patterns: Patterns, workers: int = 0, tick: Callable[[str, int], None] | None = None
+    patterns: Patterns, workers: int = 0, tick: Callable[[int], None] | None = None
 ) -> tuple[int, int, list[Problem]]:
     """Write an index beside each of the local shards that patterns stand for.
 
     Args:
         patterns: see `expand`.
         workers: processes; 0 takes one for each core.
-        tick: called as `tick(name, samples)` after each shard.
+        tick: called with how many are done, after each.
 
     Returns:
         (shards, samples, what is wrong in them)
@@ -111,15 +111,10 @@ def write_sidecars(
     for name in names:
         if not is_local(name) or is_compressed_name(name):
             raise UserError(f"an index is written beside plain local shards only, and {shown(name)} is none")
-    progress = _Progress("indexing shards", len(names))
     samples, problems = 0, list[Problem]()
     workers = min(workers or os.cpu_count() or 1, len(names))
-    try:
-        for name, (_, count, wrong) in zip(names, _mapped(names, workers), strict=True):
-            samples, problems = samples + count, problems + wrong
-            progress.step()
-            if tick:
-                tick(name, count)
-    finally:
-        progress.end()
+    for done, (count, wrong) in enumerate(_mapped(names, workers), 1):
+        samples, problems = samples + count, problems + wrong
+        if tick:
+            tick(done)
     return len(names), samples, problems

@@ -164,13 +164,19 @@ def _fits_itself(index: ShardIndex) -> bool:
 
 
 def mark_places(index: ShardIndex) -> list[int]:
-    """The headers of the first, the middle and the last member: where other content would show."""
+    """The headers of the first, the middle and the last member, and what follows it.
+
+    Other members elsewhere move the last one, or stand in its place, or follow it.
+    """
     if not len(index.offset):
-        return [0] if index.file_bytes >= BLOCK else []
-    places = (0, len(index.offset) // 2, len(index.offset) - 1)
-    return sorted({max(0, int(index.offset[place]) - BLOCK) for place in places})
+        places = {0}
+    else:
+        last = len(index.offset) - 1
+        places = {int(index.offset[place]) - BLOCK for place in (0, last // 2, last)}
+        places.add(-(-(int(index.offset[last]) + int(index.size[last])) // BLOCK) * BLOCK)
+    return sorted(place for place in places if 0 <= place <= index.file_bytes - BLOCK)
 
 
 def marks_of(index: ShardIndex, read: Read) -> list[tuple[int, int]]:
-    """`(offset, checksum)` of a few headers: an index fits a shard of its size that has the same ones."""
+    """`(offset, checksum)` of a few blocks: an index fits a shard of its size that has the same ones."""
     return [(place, zlib.crc32(read(BLOCK, place))) for place in mark_places(index)]
