@@ -105,6 +105,24 @@ def shards_converters(
         print(f"\n{inspect.getdoc(inspect.getmodule(function))}\n\n{inspect.getdoc(function)}")
 
 
+@shards.command("index")
+def shards_index(
+    patterns: Annotated[list[str], typer.Argument(metavar="SHARDS...", help="As in: data/train-*.tar")],
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes all cores.")] = 0,
+) -> None:
+    """Write an index beside each shard, so that no reader, here or remote, has to scan it."""
+    from vlm_adapt.data.indexing import write_sidecars
+    from vlm_adapt.data.naming import expand
+
+    names = expand(patterns)
+    with counting("index", len(names), "shards") as tick:
+        count, samples, problems = write_sidecars(names, workers, tick)
+    for problem in problems:
+        print(problem)
+    wrong = f"; {len(problems):,} problem(s), see 'shards lint'" if problems else ""
+    print(f"{samples:,} samples in {count:,} shard(s) indexed{wrong}")
+
+
 @shards.command("lint")
 def shards_lint(
     pattern: Pattern,
