@@ -192,3 +192,16 @@ def test_memory_is_flat(tmp_path, shards):
     # Of a sample: two members of 9 bytes, two ends of 2, a key of 4; of a shard about 3 kB of objects.
     assert indexes < shards * 10_000 + 2_000_000
     assert growth < 1_000_000  # from a quarter of the samples to all of them: nothing but an arena or two
+
+
+def test_the_verb(tmp_path, capsys):
+    from vlm_adapt import cli
+
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", members(3, prefix=f"{number}"))
+    (tmp_path / "1.tar").write_bytes((tmp_path / "1.tar").read_bytes()[:9000])
+    assert cli.main(["shards", "index", str(tmp_path / "0.tar"), f"{tmp_path}/1.*", "--workers", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "4 samples in 2 shard(s) indexed" in out.splitlines()[-1] and "1.tar: (no key): damaged" in out
+    assert cli.main(["shards", "index", "http://127.0.0.1/a.tar"]) == 2
+    assert "local shards only" in capsys.readouterr().err
