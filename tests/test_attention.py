@@ -43,9 +43,13 @@ def plain(query: Tensor, key: Tensor, value: Tensor, allow: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["causal", "two-way", "branches"])
-@pytest.mark.parametrize("window", [0, 7, 150])
-def test_text_by_text(kind: str, window: int) -> None:
-    """Texts shorter and longer than a piece, two rows, padding: outputs and gradients of every input."""
+@pytest.mark.parametrize(("window", "kept"), [(0, 2048), (7, 2048), (150, 2048), (7, 128)])
+def test_text_by_text(kind: str, window: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts shorter and longer than a piece, two rows, padding: outputs and gradients of every input.
+
+    Probabilities of texts longer than `kept` are computed again.
+    """
+    monkeypatch.setattr(products, "KEPT", kept)
     of = layout(kind, [[5, 300, 1], [128, 129]], length=400)
     parts = inputs(len(of.places_N))
     mask = of.text_mask(torch.float64, window)

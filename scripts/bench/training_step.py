@@ -82,8 +82,8 @@ def measure(sizes: Sizes, steps: int, variable: bool, options: dict[str, Any]) -
         options: by side, `attention`; for ours `deepspeed`, and `row_length` where rows are packed.
 
     Returns:
-        parameters, useful tokens a step (median), by side the figures of the table and the ratio to theirs,
-        and the largest difference between losses of the first step.
+        parameters, useful tokens a step (median), by side the figures of the table and the ratio to theirs
+        (median over steps), and the largest difference between losses of the first step.
     """
     with tempfile.TemporaryDirectory() as folder:
         parameters = save_model(Path(folder), sizes)
@@ -121,12 +121,16 @@ def measure(sizes: Sizes, steps: int, variable: bool, options: dict[str, Any]) -
             "tokens_per_second": sum(tokens[step] for step in counted) / sum(seconds),
             "first": side.answers[0]["seconds"],
             "peak": max(answer["peak"] for answer in side.answers),
+            "steps": seconds,
             "useful": statistics.mean(side.answers[step]["useful"] for step in counted),
             "losses": [answer["loss"] for answer in side.answers],
         }
     other = result["sides"]["theirs"]
     for found in result["sides"].values():
-        found["ratio"] = found["tokens_per_second"] / other["tokens_per_second"]
+        # Step by step, since both sides took a step's samples one after the other: on a shared machine
+        # CPU-seconds too rise and fall with what else runs.
+        pairs = zip(other["steps"], found["steps"], strict=True)
+        found["ratio"] = statistics.median(theirs / mine for theirs, mine in pairs)
     firsts = [found["losses"][0] for found in result["sides"].values()]
     result["ratio"] = result["sides"]["ours"]["ratio"]
     result["loss_difference"] = max(firsts) - min(firsts)

@@ -16,11 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlm_adapt.attention.texts import Text
+from vlm_adapt.attention.texts import Piece, Text
+
+# Tokens of a text whose probabilities are kept for the backward pass: they grow with its square. Those of
+# longer ones are computed again there: one product more, of seven.
+KEPT = 2048
 
 
 class _ByText(torch.autograd.Function):
-    """softmax(scale q k') v of every text, [H, N, D] each, to [N, H, D]; keeps the probabilities."""
+    """softmax(scale q k') v of every text, [H, N, D] each, to [N, H, D]."""
 
     @staticmethod
     def forward(
@@ -37,13 +41,10 @@ class _ByText(torch.autograd.Function):
         heads, count, _ = q_HND.shape
         out_NHD = q_HND.new_empty(count, heads, v_GND.shape[-1])
         kept = []
-        for piece in (piece for text in texts for piece in text.pieces):
-            scores = torch.bmm(_folded(q_HND[:, piece.rows], k_GND), k_GND[:, piece.keys].transpose(1, 2))
-            if piece.hidden is not None:
-                by_head = scores.view(heads, -1, scores.shape[-1])
-                by_head[:, :, piece.hidden_at].masked_fill_(piece.hidden, -math.inf)
-            probabilities = torch._softmax(scores, -1, False)
-            kept.append(probabilities)
+        for text, piece in ((whole, part) for whole in texts for part in whole.pieces):
+            probabilities = _probabilities(q_HND, k_GND, piece)
+            if _is_kept(text, dropout):
+                kept.append(probabilities)
             if dropout:
                 factors = torch.empty_like(probabilities).bernoulli_(1 - dropout).div_(1 - dropout)
                 kept.append(factors)
@@ -66,7 +67,8 @@ class _ByText(torch.autograd.Function):
             for piece in reversed(text.pieces):
                 rows, keys = piece.rows, piece.keys
                 factors = kept.pop() if ctx.dropout else None
-                probabilities = kept.pop()
+                again = not _is_kept(text, ctx.dropout)
+                probabilities = _probabilities(q_HND, k_GND, piece) if again else kept.pop()
                 grad = _folded(grad_NHD[rows].transpose(0, 1), k_GND)
                 dp = torch.bmm(grad, v_GND[:, keys].transpose(1, 2))
                 used = probabilities
@@ -86,6 +88,19 @@ class _ByText(torch.autograd.Function):
                 dk_NGD[keys], dv_NGD[keys] = dk, dv
                 whole = True
         return *(x.transpose(0, 1) for x in (dq_NHD, dk_NGD, dv_NGD)), None, None, None
+
+
+def _is_kept(text: Text, dropout: float) -> bool:
+    return dropout > 0 or text.place.stop - text.place.start <= KEPT
+
+
+def _probabilities(q_HND: Tensor, k_GND: Tensor, piece: Piece) -> Tensor:
+    """How much each query of a piece sees of each of its keys, [G, H/G * T, K]."""
+    scores = torch.bmm(_folded(q_HND[:, piece.rows], k_GND), k_GND[:, piece.keys].transpose(1, 2))
+    if piece.hidden is not None:
+        by_head = scores.view(len(q_HND), -1, scores.shape[-1])
+        by_head[:, :, piece.hidden_at].masked_fill_(piece.hidden, -math.inf)
+    return torch._softmax(scores, -1, False)
 
 
 def _folded(x_HTD: Tensor, k_GND: Tensor) -> Tensor:
