@@ -100,6 +100,9 @@ class HttpStore:
     def _block(self, number: int) -> int | bytes:
         """A block from the cache, or fetched into it; as bytes where the cache does not work."""
         key, data = f"{self.key} {number}", None
+        entry = self.cache.open(key)
+        if entry is not None:
+            return entry.fd
         try:
             # Where another process fetches it already, wait for that one; but not for ever.
             with self.cache.lock(key, self.settings.retry_seconds):
@@ -110,9 +113,9 @@ class HttpStore:
                 return entry.fd
         except OSError as error:
             cannot_keep(self.settings, error)
-        return self._fetch(number) if data is None else data
+        return bytes(self._fetch(number) if data is None else data)
 
-    def _fetch(self, number: int) -> bytes:
+    def _fetch(self, number: int) -> bytearray:
         unit = self.settings.block_bytes
         size = min(unit, self.size - number * unit)
         return read_range(self.address, number * unit, size, self.settings, self.content)

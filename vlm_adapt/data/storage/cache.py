@@ -127,7 +127,9 @@ class Cache:
         finally:
             os.close(entry.fd)
 
-    def write(self, key: str, chunks: Iterable[bytes], facts: dict[str, Any] | None = None) -> Entry:
+    def write(
+        self, key: str, chunks: Iterable[bytes | bytearray], facts: dict[str, Any] | None = None
+    ) -> Entry:
         """Make an entry. `facts` is read after the last chunk, so that a source may add to it.
 
         Raises OSError when there is no room or the folder cannot be written; nothing is left then.
@@ -166,7 +168,7 @@ class Cache:
         with suppress(OSError):
             self.path(key).unlink()
 
-    def _write(self, fd: int, data: bytes, offset: int) -> None:
+    def _write(self, fd: int, data: bytes | bytearray, offset: int) -> None:
         """Write all; when the disk is full before the limit is reached, older entries make room."""
         view = memoryview(data)
         while view:

@@ -70,6 +70,14 @@ class Answer:
             self.broken = True
             raise
 
+    def readinto(self, buffer: memoryview) -> int:
+        """How many bytes were read into a buffer; fewer than it holds only where the body ends."""
+        try:
+            return self.response.readinto(buffer)
+        except BaseException:
+            self.broken = True
+            raise
+
     def extend(self, deadline: float) -> None:
         """Give the rest of the body until another time."""
         if self.response.fp is not None:

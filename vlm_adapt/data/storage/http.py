@@ -168,28 +168,29 @@ def look(address: str, settings: Settings) -> Content:
             patience.failed(error)
 
 
-def read_range(address: str, start: int, size: int, settings: Settings, known: Content) -> bytes:
+def read_range(address: str, start: int, size: int, settings: Settings, known: Content) -> bytearray:
     """`size` bytes from `start`; what had come before a fault is kept, and only the rest asked again."""
-    data, patience = bytearray(), Patience(address, settings)
-    while len(data) < size:
+    data, have, patience = bytearray(size), 0, Patience(address, settings)
+    view = memoryview(data)
+    while have < size:
         try:
-            answer = _ask(address, f"{start + len(data)}-{start + size - 1}", settings, patience)
+            answer = _ask(address, f"{start + have}-{start + size - 1}", settings, patience)
             try:
                 if answer.status == 200:
                     raise Fault("the server ignored the range that was asked for")
                 _check(address, answer, known)
-                last = _last_byte(address, answer, start + len(data))
-                before = len(data)
-                while chunk := answer.read(min(_CHUNK, size - len(data))):
-                    data += chunk
+                last = _last_byte(address, answer, start + have)
+                before = have
+                while have < size and (came := answer.readinto(view[have : have + _CHUNK])):
+                    have += came
                 all_promised = last >= start + size - 1  # a server may limit a range
-                if len(data) == before or (all_promised and len(data) < size):
+                if have == before or (all_promised and have < size):
                     raise Fault("the answer was cut short")
             finally:
                 answer.close()
         except _FAULTS as error:
             patience.failed(error)
-    return bytes(data)
+    return data
 
 
 def stream(address: str, settings: Settings, known: Content) -> Iterator[bytes]:

@@ -57,12 +57,12 @@ def open_spooled(name: str, settings: Settings, source: str, chunks: Callable[[]
     """
     whose = os.path.abspath(name) if is_local(name) else name
     key, cache = f"spool {whose} {source}", Cache(settings.folder, settings.limit_bytes)
+    facts: dict[str, Any] = {}
     try:
-        with cache.lock(key, _PATIENCE):
-            entry = cache.open(key)
-            if entry is None:
-                facts: dict[str, Any] = {}
-                entry = cache.write(key, unpacked(name, chunks(), facts), facts)
+        entry = cache.open(key)
+        if entry is None:
+            with cache.lock(key, _PATIENCE):
+                entry = cache.open(key) or cache.write(key, unpacked(name, chunks(), facts), facts)
         return SpooledStore(
             entry.fd, entry.size, entry.facts["digest"], source, entry.facts.get("damage", "")
         )
