@@ -214,3 +214,11 @@ def test_damaged_blocks_are_fetched_again(server, tmp_path):
         path.write_bytes(data if source.random() < 0.5 else data[: source.randrange(len(data))])
     cache_file._checked.clear(), _blocks.clear(), server.asked.clear()
     assert list(shards) == local and len(server.asked) == len(paths) > 10
+
+
+def test_a_limit_of_nothing_is_no_trouble(server, tmp_path):
+    """Whoever sets `data.cache_gb` to 0 need not be told that nothing is kept."""
+    local = list(ShardSet(server.folder / "s.tar"))
+    settings = Settings(cache=str(tmp_path / "cache"), limit_bytes=0)
+    shards = ShardSet(server.address("s.tar"), settings=settings)
+    assert list(shards) == local and not shards.notes and not held(tmp_path / "cache")

@@ -57,7 +57,7 @@ def test_cut_at_any_byte(tmp_path, format):
                 assert list(found) == list(expected)[: len(found)], cut
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_flipped_anywhere(tmp_path_factory, data):
     """In a header: named, and no more than the neighbours lost. In a member: the decoder's business."""

@@ -44,7 +44,12 @@ def source_of(identity: str) -> str:
 
 def cannot_keep(settings: Settings, error: OSError) -> None:
     """Say that the cache does not work, and why; the reading goes on without it."""
-    note(str(settings.folder), "the cache cannot be written, what is read is not kept", error.strerror or "")
+    if settings.limit_bytes > 0:  # 0 was asked for
+        note(
+            str(settings.folder),
+            "the cache cannot be written, what is read is not kept",
+            error.strerror or "",
+        )
 
 
 def open_spooled(name: str, settings: Settings, source: str, chunks: Callable[[], Iterator[bytes]]) -> Store:
