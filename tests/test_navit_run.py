@@ -227,27 +227,31 @@ def test_a_run_from_images_to_answers(parts: Path, folder: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(parts: Path, folder: Path, server: Any) -> None:
-    """14 samples, 2 of text alone; the tower trains too, under ZeRO-2."""
-    trees = {}
-    for name, processes, size, deepspeed in (("one", 1, 8, "zero0"), ("two", 2, 4, "zero2")):
-        trees[name] = tree(
+@pytest.mark.parametrize(("tower", "deepspeed"), [("navit", "zero2"), ("vit", "zero3")])
+def test_two_processes_have_the_losses_of_one(
+    parts: Path, folder: Path, server: Any, tower: str, deepspeed: str
+) -> None:
+    """14 samples, 2 of text alone; the tower trains too."""
+    vision = {"model__vision": {"model": str(parts / "vit"), "options": {"native": DRAWN}}}
+    runs = []
+    for processes, size, stage in ((1, 8, "zero0"), (2, 4, deepspeed)):
+        settings = tree(
             parts,
             folder,
-            name,
+            f"{tower}-{stage}",
             DRAWN,
             adapt=BOTH,
             data__train=[{"shards": str(folder / "train.tar")}, {"shards": str(folder / "text.tar")}],
             train__max_steps=6,
             train__save_steps=0,
             train__per_device_train_batch_size=size,
-            train__deepspeed=deepspeed,
+            train__deepspeed=stage,
+            **(vision if tower == "vit" else {}),
         )
-        server.run(["train", write(trees[name])], ranks=processes)
-    one, two = (
-        [line for line in read_journal(Path(trees[name]["output_dir"])) if "event" not in line]
-        for name in ("one", "two")
-    )
+        server.run(["train", write(settings)], ranks=processes)
+        journal = read_journal(Path(settings["output_dir"]))
+        runs.append([line for line in journal if "event" not in line])
+    one, two = runs
     assert len(one) == len(two) == 6
     for mine, its in zip(one, two, strict=True):
         # As in test_world: float32 sums in another order, carried on by Adam.

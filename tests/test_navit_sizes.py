@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_navit import tower
+from test_navit import TINY, images, together, tower
 
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import Native, TokenCount
@@ -91,3 +92,21 @@ def test_names_that_cannot_work() -> None:
         build_tower("navit:tiny")
     with pytest.raises(UserError, match="no one image_size"):
         build_tower("navit:tiny", "random:", image_size=64)
+
+
+def test_weights_come_back_from_a_file(tmp_path: Any) -> None:
+    from safetensors.torch import save_file
+
+    model = tower(pool=True)
+    save_file(model.state_dict(), str(tmp_path / "w.safetensors"))
+    again = build_tower(
+        "navit:tiny", f"file:{tmp_path}/w.safetensors", options=TINY | {"native": {"max_patches": 40}}
+    )
+    assert "pool" in again.notes[0]
+    assert torch.equal(again(together(images()))[0], tower()(together(images()))[0]) is False  # other weights
+    whole = build_tower(
+        "navit:tiny",
+        f"file:{tmp_path}/w.safetensors",
+        options=TINY | {"native": {"max_patches": 40}, "pool": True},
+    )
+    assert torch.equal(whole(together(images()))[0], model(together(images()))[0])

@@ -68,8 +68,9 @@ class Attention(nn.Module):
             project(x_1TD)[0].unflatten(1, (self.heads, -1))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_THE, k_THE = self.q_norm(q_THE), self.k_norm(k_THE)
-        mixed_THE = attend(q_THE, k_THE, v_THE.to(q_THE.dtype), layout, q_THE.shape[-1] ** -0.5)
+        # Autocast leaves norms in float32.
+        q_THE, k_THE = self.q_norm(q_THE).to(v_THE.dtype), self.k_norm(k_THE).to(v_THE.dtype)
+        mixed_THE = attend(q_THE, k_THE, v_THE, layout, q_THE.shape[-1] ** -0.5)
         return self.out_proj(mixed_THE.flatten(1)[None])
 
 
