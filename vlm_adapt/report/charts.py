@@ -10,12 +10,15 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from vlm_adapt.report.series import Points, spans_decades, thin, ticks
 from vlm_adapt.report.words import number, share
 
 UNITS = 1000  # the SVG's inner width and height
+BANDS = 7  # colours of their own
+SHARES_AT_MOST = 300  # steps that are drawn
 
 
 class Line(NamedTuple):
@@ -70,17 +73,99 @@ def line_chart(
     def down(y: float) -> float:
         return 1 - (math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low))
 
-    rows = ticks(low, high, 5, log)
-    drawn = [f'<path class="grid" d="M0 {UNITS * down(y):.1f}H{UNITS}"/>' for y in rows]
-    drawn += [f'<path class="mark" d="M{UNITS * across(x):.1f} 0V{UNITS}"/>' for x, _ in marks if x > left]
+    drawn = [f'<path class="mark" d="M{UNITS * across(x):.1f} 0V{UNITS}"/>' for x, _ in marks if x > left]
     for line in lines:
         path = "L".join(f"{UNITS * across(x):.1f} {UNITS * down(y):.1f}" for x, y in line.points)
         drawn.append(f'<path class="line c{line.color}{" faint" if line.faint else ""}" d="M{path}"/>')
         if line.dots or len(line.points) == 1:
             dots = "".join(f"M{UNITS * across(x):.1f} {UNITS * down(y):.1f}h.01" for x, y in line.points)
             drawn.append(f'<path class="dot c{line.color}" d="{dots}"/>')
-    y_labels = "".join(f'<span style="top:{100 * down(y):.2f}%">{escape(text(y))}</span>' for y in rows)
-    columns = [x for x in ticks(left, right, 6 if wide else 3) if float(x).is_integer()] or [left]
+    solid = [line for line in lines if not line.faint] or lines
+    values_under_pointer = [
+        {
+            "name": line.name,
+            "points": [[x, round(across(x), 4), round(down(y), 4), text(y)] for x, y in line.points],
+        }
+        for line in solid
+    ]
+    y_ticks = [(down(y), text(y)) for y in ticks(low, high, 5, log)]
+    keys = [(line.name, line.color, line.faint) for line in lines]
+    note = "log scale" if log else ""
+    span = (left, right)
+    return _figure(title, note, keys, drawn, y_ticks, span, marks, values_under_pointer, wide)
+
+
+def share_chart(title: str, names: Sequence[str], rows: Sequence[tuple[float, Sequence[float]]]) -> str:
+    """Shares of a whole over the steps, one band above the other, the first at the bottom.
+
+    Args:
+        names: of the bands.
+        rows: (step, the share of each, 0 to 1), by step.
+
+    Returns:
+        HTML, or an empty string without rows.
+    """
+    if not rows:
+        return ""
+    rows = [*rows[: -1 : math.ceil(len(rows) / SHARES_AT_MOST)], rows[-1]]
+    if len(rows) == 1:
+        rows = [*rows, (rows[0][0] + 1, rows[0][1])]  # a band has a width
+    left, right = rows[0][0], rows[-1][0]
+    ends = [list(accumulate(shares)) for _, shares in rows]
+    places = [UNITS * (x - left) / (right - left) for x, _ in rows]
+    drawn = []
+    for band in reversed(range(len(names))):  # a higher band reaches down to the axis, behind the lower ones
+        tops = "L".join(f"{x:.1f} {UNITS * (1 - end[band]):.1f}" for x, end in zip(places, ends, strict=True))
+        drawn.append(
+            f'<path class="band c{_band_color(band)}" d="M0 {UNITS}L{tops}L{places[-1]:.1f} {UNITS}Z"/>'
+        )
+    values_under_pointer = [
+        {
+            "name": name,
+            "points": [
+                [x, round(place / UNITS, 4), round(1 - end[band], 4), share(shares[band])]
+                for (x, shares), place, end in zip(rows, places, ends, strict=True)
+            ],
+        }
+        for band, name in reversed(list(enumerate(names)))
+    ]
+    y_ticks = [(1 - y, f"{100 * y:.0f} %") for y in (0, 0.25, 0.5, 0.75, 1)]
+    keys = [(name, _band_color(band), False) for band, name in enumerate(names)]
+    return _figure(title, "", keys, drawn, y_ticks, (left, right), (), values_under_pointer, False)
+
+
+def _band_color(band: int) -> int:
+    """Colours 1 to 7, and grey for all after them."""
+    return band + 1 if band < BANDS else 0
+
+
+def _figure(
+    title: str,
+    note: str,
+    keys: Sequence[tuple[str, int, bool]],
+    drawn: Sequence[str],
+    y_ticks: Sequence[tuple[float, str]],
+    span: tuple[float, float],
+    marks: Sequence[tuple[float, str]],
+    values: Sequence[dict[str, Any]],
+    wide: bool,
+) -> str:
+    """The frame around what is drawn: title, legend, grid, axes and the values for the pointer.
+
+    Args:
+        keys: (name, colour, faint) of the legend, which is left out where there is one alone.
+        y_ticks: (how far down, 0 to 1, label).
+        span: the steps at the left and right edge.
+        values: for the script: {"name", "points": [[step, across, down, text], ...]}.
+    """
+    left, right = span
+
+    def across(x: float) -> float:
+        return (x - left) / (right - left)
+
+    grid = "".join(f'<path class="grid" d="M0 {UNITS * down:.1f}H{UNITS}"/>' for down, _ in y_ticks)
+    y_labels = "".join(f'<span style="top:{100 * down:.2f}%">{escape(text)}</span>' for down, text in y_ticks)
+    columns = [x for x in ticks(left, right, 6 if wide else 4) if float(x).is_integer()] or [left]
     x_labels = "".join(
         f'<span style="left:{100 * across(x):.2f}%">{escape(number(x))}</span>' for x in columns
     )
@@ -89,28 +174,19 @@ def line_chart(
         for x, label in marks
     )
     legend = ""
-    if len(lines) > 1:
-        keys = (
-            f'<span class="key c{k.color}{" faint" if k.faint else ""}">{escape(k.name)}</span>'
-            for k in lines
+    if len(keys) > 1:
+        shown = (
+            f'<span class="key c{color}{" faint" if faint else ""}">{escape(name)}</span>'
+            for name, color, faint in keys
         )
-        legend = f'<span class="legend">{"".join(keys)}</span>'
-    solid = [line for line in lines if not line.faint] or lines
-    data = [
-        {
-            "name": line.name,
-            "color": line.color,
-            "points": [[x, round(across(x), 4), round(down(y), 4), text(y)] for x, y in line.points],
-        }
-        for line in solid
-    ]
+        legend = f'<span class="legend">{"".join(shown)}</span>'
     return (
-        f'<figure class="chart{" wide" if wide else ""}" data-lines="{escape(json.dumps(data))}">'
-        f"<figcaption>{escape(title)}{' <small>log scale</small>' if log else ''}{legend}</figcaption>"
+        f'<figure class="chart{" wide" if wide else ""}" data-lines="{escape(json.dumps(list(values)))}">'
+        f"<figcaption>{escape(title)}{f' <small>{note}</small>' if note else ''}{legend}</figcaption>"
         f'<div class="plot"><div class="y">{y_labels}</div><div class="area">'
         f'<svg viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(title)}">'
-        f"{''.join(drawn)}</svg>{names}<div class='cursor' hidden></div></div>"
+        f"{grid}{''.join(drawn)}</svg>{names}<div class='cursor' hidden></div></div>"
         f'<div class="x">{x_labels}</div></div></figure>'
     )
 

@@ -1,7 +1,8 @@
 """One self-contained HTML page of a run: summary, curves, scores, samples.
 
-Puts the page together; what is on disk is read.py's, scores are scores.py's, curves curves.py's, samples
-gallery.py's, the looks style.py's. The page loads nothing from anywhere and asks for no network.
+Puts the page together; what is on disk is read.py's, scores are scores.py's, curves curves.py's, data
+data.py's, samples gallery.py's, the looks style.py's. The page loads nothing from anywhere and asks for
+no network.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from vlm_adapt.report.account import Told, told
 from vlm_adapt.report.curves import curves
+from vlm_adapt.report.data import data_section
 from vlm_adapt.report.gallery import gallery
 from vlm_adapt.report.read import RunRecord, read_run
 from vlm_adapt.report.scores import parts, score_text, scores
 from vlm_adapt.report.series import pick, smooth
 from vlm_adapt.report.style import CSS, SCRIPT
-from vlm_adapt.report.words import count, duration, number
+from vlm_adapt.report.words import count, duration, number, share
 
 
 def write_report(run_folder: Path, output: Path | None = None, samples: int = 240) -> Path:
@@ -37,18 +40,21 @@ def write_report(run_folder: Path, output: Path | None = None, samples: int = 24
     record = read_run(run_folder)
     output = Path(output) if output is not None else run_folder / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
-    page = render(record, samples)
+    page = render(record, samples, output)
     partial = output.with_name(output.name + ".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(output)
     return output
 
 
-def render(record: RunRecord, samples: int = 240) -> str:
-    """The page as text."""
+def render(record: RunRecord, samples: int = 240, page: Path | None = None) -> str:
+    """The page as text; `page` is where it will lie."""
     cards, notes = gallery(record.predictions, record.predictions_folder, record.folder, samples)
+    account = told(record)
+    data = data_section(record, account, page)
     notes = [*record.notes, *notes]
-    sections = [_summary(record), _notes(notes), scores(record), curves(record), parts(record), cards]
+    above = [_summary(record, account), _notes(notes), scores(record), curves(record)]
+    sections = [*above, data, parts(record), cards]
     title = escape(_name(record))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -75,7 +81,7 @@ def _tile(title: str, value: str, note: str = "") -> str:
     return f'<div class="tile"><span>{escape(title)}</span><strong>{escape(value)}</strong>{small}</div>'
 
 
-def _summary(record: RunRecord) -> str:
+def _summary(record: RunRecord, account: Told | None) -> str:
     start, tiles = record.event("start"), []
     for name in ("accuracy", "CIDEr", "mIoU"):
         value, blind = _look(record.metrics, name), _look(record.metrics, "blind", name)
@@ -100,6 +106,9 @@ def _summary(record: RunRecord) -> str:
     speeds = [y for _, y in pick(record.steps, "tokens_per_second")]
     if speeds:
         tiles.append(_tile("Tokens a second", number(statistics.median(speeds)), "median"))
+    if account is not None and account.refused and account.read:
+        note = f"{count(account.refused)} samples; see Data"
+        tiles.append(_tile("Refused", share(account.refused / account.read), note))
     facts = {
         "Vision": _look(record.config, "model", "vision", "model"),
         "Connector": _look(record.config, "model", "connector", "name"),

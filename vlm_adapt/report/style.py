@@ -6,10 +6,10 @@ the page shows everything.
 
 CSS = """
 :root{--page:#f6f7f9;--card:#fff;--text:#1b2130;--soft:#586174;--rule:#e1e4ea;--grid:#eceef2;
---c0:#8b94a5;--c1:#2456c7;--c2:#b4540a;--c3:#0b7a75;--c4:#7a3fb5;
+--c0:#8b94a5;--c1:#2456c7;--c2:#b4540a;--c3:#0b7a75;--c4:#7a3fb5;--c5:#a3225f;--c6:#5d7012;--c7:#7b5b43;
 --right:#17704a;--right-soft:#e3f3ea;--wrong:#b02a25;--wrong-soft:#fbe7e5;--partly:#8a5a00;--partly-soft:#fbf0d9}
 @media (prefers-color-scheme:dark){:root{--page:#11141a;--card:#191d25;--text:#e6e9ef;--soft:#9aa4b5;
---rule:#2b313c;--grid:#262b35;--c0:#77818f;--c1:#82a8ff;--c2:#f0a35c;--c3:#4fc4bb;--c4:#c69bf2;
+--rule:#2b313c;--grid:#262b35;--c0:#77818f;--c1:#82a8ff;--c2:#f0a35c;--c3:#4fc4bb;--c4:#c69bf2;--c5:#f28ab8;--c6:#b3c75c;--c7:#c9a58a;
 --right:#66cf9b;--right-soft:#15301f;--wrong:#ff9189;--wrong-soft:#3a1c1b;--partly:#e9bd5e;--partly-soft:#33270c}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
@@ -45,6 +45,7 @@ align-items:baseline}
 color:var(--c,var(--c1))}
 .key.faint::before{opacity:.4}
 .c0{--c:var(--c0)}.c1{--c:var(--c1)}.c2{--c:var(--c2)}.c3{--c:var(--c3)}.c4{--c:var(--c4)}
+.c5{--c:var(--c5)}.c6{--c:var(--c6)}.c7{--c:var(--c7)}
 .plot{display:grid;grid-template-columns:auto 1fr;grid-template-rows:150px 22px;column-gap:8px}
 .wide .plot{grid-template-rows:270px 22px}
 .y{position:relative;width:58px;font-size:12px;color:var(--soft)}
@@ -59,6 +60,7 @@ color:var(--c,var(--c1))}
 .mark-name{position:absolute;top:0;margin-left:6px;font-size:12px;color:var(--soft);background:var(--card);
 padding:0 3px;max-width:9em;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .line{stroke:var(--c);stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
+.area .band{fill:var(--c);stroke:var(--card);stroke-width:1.5;stroke-linejoin:round}
 .line.faint{stroke-width:1;opacity:.33}
 .dot{stroke:var(--c);stroke-width:6;stroke-linecap:round}
 .cursor{position:absolute;top:0;bottom:0;border-left:1px solid var(--soft);pointer-events:none;z-index:2}
@@ -84,8 +86,16 @@ thead th{border-top:0;color:var(--soft);font-weight:500;font-size:13px}
 th:first-child{text-align:left}
 tbody th{font-weight:500}
 td.why{white-space:normal;color:var(--soft);font-size:13.5px}
+td.text,th.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
+td.text small{display:block}
+.why-refused td,.why-refused th{vertical-align:top}
+.why-refused :is(td,th):nth-child(n+4){text-align:left}
+.why-refused td.text:last-child{min-width:15em}
+td small{margin-left:4px}td.text small{margin-left:0}
 tr.total>*{border-top:1px solid var(--soft);font-weight:600}
 .lead{color:var(--soft);margin:-6px 0 14px}
+.lead.above{margin:18px 0 10px}
+.lead a{color:var(--c1)}
 .filters{position:sticky;top:0;z-index:3;background:var(--page);padding:10px 0;display:flex;flex-wrap:wrap;
 gap:10px 18px;align-items:center;font-size:14px}
 .buttons{display:inline-flex;flex-wrap:wrap;gap:6px}
