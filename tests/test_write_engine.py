@@ -95,6 +95,7 @@ def test_shuffled_by_a_seed(tmp_path):
 def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
     what = {"sizes": "200x100", "special": "3=bad,95=bad", "max_count": 10}
     whole = write(tmp_path / "whole", **what)
+    assert whole["refused"] == {"marked as bad": 2} and len(whole["examples"]["marked as bad"]) == 2
     finish, finished = Shard.finish, []
 
     def interrupted(self):
@@ -188,6 +189,8 @@ def test_a_writer_that_dies_ends_the_conversion(tmp_path):
     with pytest.raises(UserError, match=r"signal 9 \(SIGKILL\) while it wrote shard 000003.*start again"):
         # 180 is none of the few entries that are looked at beforehand, in the main process
         write(out, 2, special="180=die", delay="0.001", **options)
+    commands = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in writers_of(os.getpid())]
+    assert not [command for command in commands if b"serve" in command]  # the other one has ended as well
     assert not list(out.glob(".*.part")) and (out / UNFINISHED).exists()
     assert len(list(out.glob("*.tar"))) >= 2 and not (out / "000003.tar").exists()
     write(out, 2, overwrite=True, **options)
