@@ -44,11 +44,13 @@ class Source:
 
     Attributes:
         samples: how many an epoch shows, if that is not to follow from the weight.
+        mark: tells these samples from others, where counts do not.
     """
 
     counts: tuple[int, ...]
     weight: float = 1.0
     samples: int | None = None
+    mark: str = ""
 
     @property
     def shown(self) -> int:

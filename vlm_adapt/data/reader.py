@@ -23,7 +23,7 @@ from vlm_adapt.data.patches import image_tokens, load_images
 from vlm_adapt.data.phrase import Asked, Images, Phrasing
 from vlm_adapt.data.problems import Account, BadSample, Problem, source_names
 from vlm_adapt.data.sample import Sample, parse_sample
-from vlm_adapt.data.select import select
+from vlm_adapt.data.select import selection
 from vlm_adapt.data.shards import SampleRef, ShardSet
 from vlm_adapt.data.sizes import seen_size
 from vlm_adapt.data.storage import is_local
@@ -82,7 +82,11 @@ class Reader:
             )
             for source in sources
         ]
-        self.chosen = [_choose(source, one) for source, one in zip(sources, self.sets, strict=True)]
+        self.selections = [selection(source, one) for source, one in zip(sources, self.sets, strict=True)]
+        self.chosen = [
+            (range(len(one)) if kept is None else kept.kept)[: source.limit]
+            for source, one, kept in zip(sources, self.sets, self.selections, strict=True)
+        ]
         # Samples are numbered through those that were chosen.
         self.starts = [0, *accumulate(map(len, self.chosen))]
 
@@ -109,6 +113,15 @@ class Reader:
         else:
             places = np.searchsorted(chosen, ends).tolist()
         return tuple(high - low for low, high in zip(places[:-1], places[1:], strict=True))
+
+    def mark(self, source: int) -> str:
+        """16 letters that differ when a source's samples would: their keys, and which of them are in."""
+        digest = hashlib.blake2b(digest_size=8)
+        for index in self.sets[source].indexes:
+            digest.update(index.key_text)
+        chosen = self.chosen[source]
+        digest.update(repr(chosen).encode() if isinstance(chosen, range) else chosen.tobytes())
+        return digest.hexdigest()
 
     def locate(self, number: int) -> tuple[int, int]:
         """(source, number of the sample in that source's shards)."""
@@ -269,13 +282,6 @@ class Reader:
             like: images of another sample that these take the place of, with as many tokens.
         """
         return load_images(sample.images, self.image_spec, self.max_pixels, draws, like)
-
-
-def _choose(source: Source, shards: ShardSet) -> range | np.ndarray:
-    """The samples of a source that its settings leave in, by their numbers in its shards."""
-    kept = select(source, shards)
-    whole: range | np.ndarray = range(len(shards)) if kept is None else kept
-    return whole if source.limit is None else whole[: source.limit]
 
 
 def _clear(call: Any, *arguments: Any, **named: Any) -> Any:

@@ -55,6 +55,10 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
         for source in wanted:
             make_task(source.task)  # reads no more than its vocabulary
             expand(source.shards)
+            if source.keep is not None and not Path(source.keep.scores).expanduser().is_file():
+                raise UserError(
+                    f"keep: there is no file '{source.keep.scores}'; `vlm-adapt scores CHECKPOINT` writes it"
+                )
 
 
 def _check_settings(table: Choices, name: str, given: Iterable[str], where: str) -> None:

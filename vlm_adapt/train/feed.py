@@ -41,7 +41,10 @@ def build_feed(assembled: Assembled, run: Run, stage_run: Run, stage: int) -> Fe
     """
     data, train = stage_run.data, stage_run.train
     reader = assembled.reader(data.train, run.seed, data)
-    sources = [Source(reader.counts(number), source.weight) for number, source in enumerate(data.train)]
+    sources = [
+        Source(reader.counts(number), source.weight, mark=reader.mark(number))
+        for number, source in enumerate(data.train)
+    ]
     if reader.problems and not any(sum(source.counts) for source in sources):
         first = reader.problems[0]
         raise UserError(f"nothing can be read from data.train: {first.shard}: {first.reason}")

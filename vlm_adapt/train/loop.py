@@ -78,6 +78,8 @@ class StageLoop:
             raise UserError(f"stage '{stage_name}' has nothing to train on: give data.train shards")
         feed = build_feed(assembled, run, stage_run, totals.stage)
         reader, self.stream, self.rows = feed.reader, feed.stream, feed.rows
+        named = zip(reader.names, reader.selections, strict=True)
+        self.selections = {name: kept for name, kept in named if kept is not None}
         self.total = train.max_steps or max(1, round(train.num_train_epochs * self.stream.steps_per_epoch))
         assembled.model.objective = OBJECTIVES.check(train.objective)
         if train.gradient_checkpointing:

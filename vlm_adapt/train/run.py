@@ -239,6 +239,8 @@ def _announce(
             f"  {row['part']:<10} {row['method']:<14} "
             f"trainable {row['trainable']:>13,}  frozen {row['frozen']:>15,}"
         )
+    for source, kept in loop.selections.items():
+        say(f"  {source}: {kept}")
     write = partial(checkpoint.write_atomically, output / "parts.json", json.dumps(rows, indent=1))
     checkpoint.on_main(write, f"'{output / 'parts.json'}'")
     journal.event(
@@ -251,6 +253,7 @@ def _announce(
         device=str(loop.engine.device),
         world_size=dist.world_size(),
         notes=assembled.model.vision.notes,
+        selections={source: kept.to_dict() for source, kept in loop.selections.items()},
     )
 
 
