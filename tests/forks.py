@@ -108,7 +108,7 @@ class Server:
         """End the server."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(20)
+        self.process.wait(120)  # a busy machine takes its time to end an interpreter
 
 
 def write(tree: dict[str, Any]) -> str:
