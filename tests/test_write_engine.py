@@ -76,10 +76,8 @@ def test_the_number_of_writers_does_not_show(tmp_path):
     assert first["samples"] == 216 and len(first["shards"]) > 4
     assert first["refused"] == {"marked as bad": 3, "another entry before it has this key": 1}
     assert first["examples"]["another entry before it has this key"] == ["00004"]
-    for workers in (2, 3):
-        assert write(tmp_path / str(workers), workers, **what) == first
-        assert tars(tmp_path / str(workers)) == tars(tmp_path / "0")
-        assert not left_over(tmp_path / str(workers))
+    assert write(tmp_path / "3", 3, **what) == first
+    assert tars(tmp_path / "3") == tars(tmp_path / "0") and not left_over(tmp_path / "3")
 
 
 def test_shuffled_by_a_seed(tmp_path):
@@ -111,7 +109,7 @@ def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(before) == 4 and (out / UNFINISHED).exists() and not list(out.glob(".*.part"))
     (out / "000002.tar").write_bytes(b"somebody cut it off")
-    assert write(out, 2, **what) == whole  # the refused samples of the kept shards are counted, too
+    assert write(out, **what) == whole  # the refused samples of the kept shards are counted, too
     assert tars(out) == tars(tmp_path / "whole") and not left_over(out)
     kept = {name for name, time in before.items() if (out / name).stat().st_mtime_ns == time}
     assert kept == {"000000.tar", "000001.tar", "000003.tar"}
@@ -177,7 +175,7 @@ def test_killed_and_started_again(tmp_path, number):
     assert {name: tars(out)[name] for name in before} == {
         name: tars(tmp_path / "whole")[name] for name in before
     }
-    assert write(out, 2, max_count=10, **options) == whole
+    assert write(out, max_count=10, **options) == whole
     assert tars(out) == tars(tmp_path / "whole") and not left_over(out)
     recorded = sum(out.joinpath(name).stat().st_ino == inode for name, inode in before.items())
     assert recorded >= 2  # those with a record were kept
@@ -193,7 +191,7 @@ def test_a_writer_that_dies_ends_the_conversion(tmp_path):
     assert not [command for command in commands if b"serve" in command]  # the other one has ended as well
     assert not list(out.glob(".*.part")) and (out / UNFINISHED).exists()
     assert len(list(out.glob("*.tar"))) >= 2 and not (out / "000003.tar").exists()
-    write(out, 2, overwrite=True, **options)
+    write(out, overwrite=True, **options)
 
 
 def test_a_bug_of_a_converter_keeps_its_traceback(tmp_path):
@@ -213,7 +211,7 @@ def test_a_full_disk_in_a_writer(tmp_path, workers):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "o").glob("*.tar")) and not list((tmp_path / "o").glob(".*.part"))
-    assert write(tmp_path / "o", workers, **what)["samples"] == 320
+    assert write(tmp_path / "o", **what)["samples"] == 320
 
 
 def test_no_usable_sample_costs_nothing(tmp_path):
