@@ -170,6 +170,20 @@ def reset(after: int = 0) -> Fault:
     return fault
 
 
+def hang_up(after: int) -> Fault:
+    """Promises all, sends so many bytes, and ends the connection in good order."""
+
+    def fault(handler: Handler, body: bytes) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[:after])
+        handler.close_connection = True
+        return True
+
+    return fault
+
+
 def short(by: int) -> Fault:
     """An answer whose length fits its header, and not the range that was asked for."""
 
