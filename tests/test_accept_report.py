@@ -45,3 +45,27 @@ def test_one_evaluation_is_a_table_and_two_are_a_curve(tmp_path):
     assert "Held out: CIDEr" not in once and "<td>3.25</td>" in once
     twice = write_report(run_of(tmp_path, 2)).read_text(encoding="utf-8")
     assert "Held out: CIDEr" in twice and "Held out: questions" not in twice
+
+
+def test_counts_are_a_sentence_and_no_scores(tmp_path):
+    run = run_of(tmp_path, 1)
+    counts = {"samples": 8, "questions": 19, "samples_in_shards": 80, "samples_available": 8}
+    account = {"read": 9, "used": 8, "truncated": 0, "refused": {"empty answer": 1}}
+    (run / "metrics.json").write_text(json.dumps({"loss": 3.0} | counts | {"account": account}))
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "Scored on 8 samples of 80 in the shards, 19 questions; 1 refused: 1 x empty answer." in page
+    assert "samples_in_shards" not in page and ">account<" not in page
+
+
+def test_a_resume_is_marked_where_it_was(tmp_path):
+    run = run_of(tmp_path, 1)
+    before = write_report(run).read_text(encoding="utf-8")
+    assert "resumed" not in before
+    with (run / "journal.jsonl").open("a") as file:
+        file.write('{"event": "resume", "step": 14}\n')
+    page = write_report(run).read_text(encoding="utf-8")
+    share = 100 * (14.5 - 1) / 19  # of the axis, from step 1 to 20
+    assert f'<span class="mark-name" style="left:{share:.2f}%">resumed</span>' in page
+    with (run / "journal.jsonl").open("a") as file:
+        file.write('{"event": "resume", "step": 14}\n' * 5)
+    assert ">resumed</span>" not in write_report(run).read_text(encoding="utf-8")

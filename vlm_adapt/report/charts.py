@@ -73,7 +73,9 @@ def line_chart(
     def down(y: float) -> float:
         return 1 - (math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low))
 
-    drawn = [f'<path class="mark" d="M{UNITS * across(x):.1f} 0V{UNITS}"/>' for x, _ in marks if x > left]
+    drawn = [
+        f'<path class="mark" d="M{UNITS * across(x):.1f} 0V{UNITS}"/>' for x, _ in marks if left < x <= right
+    ]
     for line in lines:
         path = "L".join(f"{UNITS * across(x):.1f} {UNITS * down(y):.1f}" for x, y in line.points)
         drawn.append(f'<path class="line c{line.color}{" faint" if line.faint else ""}" d="M{path}"/>')
@@ -172,6 +174,7 @@ def _figure(
     names = "".join(
         f'<span class="mark-name" style="left:{100 * across(x):.2f}%">{escape(label)}</span>'
         for x, label in marks
+        if label and left <= x <= right
     )
     legend = ""
     if len(keys) > 1:

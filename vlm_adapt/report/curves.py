@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
+from typing import Any
 
 from vlm_adapt.report.charts import Line, line_chart
 from vlm_adapt.report.read import RunRecord
@@ -17,6 +18,7 @@ from vlm_adapt.report.series import Points, pick, smooth
 from vlm_adapt.report.words import number
 
 CURVES_AT_MOST = 8
+RESUMES_NAMED = 3
 COUNTS = ("samples", "samples_available", "samples_in_shards", "questions", "read", "used", "truncated")
 GIB = 2**30
 
@@ -34,6 +36,10 @@ def _seconds(value: float) -> str:
     return f"{number(value)} s"
 
 
+def _is_step(event: Mapping[str, Any]) -> bool:
+    return isinstance(event.get("step"), int)
+
+
 def curves(record: RunRecord) -> str:
     """The section's HTML; empty for a run without a journal."""
     steps = record.steps
@@ -43,6 +49,9 @@ def curves(record: RunRecord) -> str:
         if stage is not None and (not marks or str(stage) != marks[-1][1]):
             marks.append((float(line["step"]), str(stage)))
     marks = marks if len(marks) > 1 else []
+    resumed = [float(e["step"]) for e in record.events if e.get("event") == "resume" and _is_step(e)]
+    # Between the last step before and the first after; a label for each would be too much for many.
+    breaks = [(step + 0.5, "resumed" if len(resumed) <= RESUMES_NAMED else "") for step in resumed]
     rates: dict[str, None] = {}
     for line in steps:
         rate = line.get("learning_rate")
@@ -58,7 +67,7 @@ def curves(record: RunRecord) -> str:
             line_chart(
                 "Training loss",
                 _raw_and_smooth(pick(steps, "loss"), marks),
-                marks,
+                [*marks, *breaks],
                 wide=True,
                 may_be_log=True,
             ),
@@ -68,7 +77,11 @@ def curves(record: RunRecord) -> str:
             line_chart("Tokens a second", _raw_and_smooth(speed, marks), from_zero=True),
             line_chart("Memory, GiB", [Line("memory", memory)], from_zero=True),
             line_chart(
-                "Waiting for data, a step", _raw_and_smooth(wait, marks), text=_seconds, from_zero=True
+                "Waiting for data, a step",
+                _raw_and_smooth(wait, marks),
+                breaks,
+                text=_seconds,
+                from_zero=True,
             ),
         ]
     )

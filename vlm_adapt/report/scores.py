@@ -16,6 +16,7 @@ from vlm_adapt.report.words import count, number, share
 
 # Scores from 0 to 1 that are read as percentages; others (CIDEr, loss) are written as they are.
 PERCENT = ("accuracy", "BLEU", "ROUGE", "METEOR", "mIoU")
+COUNTS = ("samples", "samples_available", "samples_in_shards", "questions")  # said in a sentence
 
 
 def score_text(name: str, value: float) -> str:
@@ -29,7 +30,9 @@ def groups(metrics: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
     return {"": metrics} | {
         str(name): value
         for name, value in metrics.items()
-        if isinstance(value, Mapping) and not name.endswith("by_kind") and name not in ("blind", "absent")
+        if isinstance(value, Mapping)
+        and not name.endswith("by_kind")
+        and name not in ("blind", "absent", "account")
     }
 
 
@@ -44,9 +47,28 @@ def scores(record: RunRecord) -> str:
         if isinstance(metrics.get("samples"), int):
             counts["all"] = metrics["samples"]
         counts = {k: v for k, v in counts.items() if isinstance(v, int)}
-        tables.append(bars(title, accuracy_rows(metrics), counts) + _table(name, metrics))
+        shown = bars(title, accuracy_rows(metrics), counts) + _table(name, metrics)
+        tables.append(shown + (_lead(metrics) if shown else ""))
     body = "".join(tables)
     return f'<section id="scores"><h2>Scores</h2>{body}</section>' if body else ""
+
+
+def _lead(metrics: Mapping[str, Any]) -> str:
+    """On how much it was scored, in a sentence."""
+    number_of = {key: metrics[key] for key in COUNTS if isinstance(metrics.get(key), int)}
+    account = metrics.get("account")
+    refused = account.get("refused") if isinstance(account, Mapping) else None
+    lost = sum(refused.values()) if isinstance(refused, Mapping) else 0
+    if "samples" not in number_of:
+        return ""
+    text = f"Scored on {count(number_of['samples'])} samples"
+    if number_of.get("samples_in_shards", number_of["samples"]) != number_of["samples"]:
+        text += f" of {count(number_of['samples_in_shards'])} in the shards"
+    if number_of.get("questions", number_of["samples"]) != number_of["samples"]:
+        text += f", {count(number_of['questions'])} questions"
+    if lost:
+        text += f"; {count(lost)} refused: {', '.join(f'{n} x {why}' for why, n in refused.items())}"
+    return f'<p class="lead above">{escape(text)}.</p>'
 
 
 def _table(name: str, metrics: Mapping[str, Any]) -> str:
@@ -55,7 +77,7 @@ def _table(name: str, metrics: Mapping[str, Any]) -> str:
     rows = []
     for key, value in metrics.items():
         if (
-            key in ("accuracy", "samples")
+            key in ("accuracy", *COUNTS)
             or (key == "blind_loss" and blind)
             or isinstance(value, bool)
             or not isinstance(value, int | float)

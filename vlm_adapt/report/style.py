@@ -90,7 +90,7 @@ td.text,th.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
 td.text small{display:block}
 .why-refused td,.why-refused th{vertical-align:top}
 .why-refused :is(td,th):nth-child(n+4){text-align:left}
-.why-refused td.text:last-child{min-width:15em}
+.why-refused td.text{min-width:7em}.why-refused td.text:last-child{min-width:15em}
 td small{margin-left:4px}td.text small{margin-left:0}
 tr.total>*{border-top:1px solid var(--soft);font-weight:600}
 .lead{color:var(--soft);margin:-6px 0 14px}
