@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlm_adapt.config.schema import Source
+if TYPE_CHECKING:
+    from vlm_adapt.config.schema import Source
 
 EXAMPLES = 5
 _NUMBER = re.compile(r"\d[\d,.]*(?<=\d)")
