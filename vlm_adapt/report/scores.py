@@ -57,8 +57,9 @@ def _lead(metrics: Mapping[str, Any]) -> str:
     """On how much it was scored, in a sentence."""
     number_of = {key: metrics[key] for key in COUNTS if isinstance(metrics.get(key), int)}
     account = metrics.get("account")
-    refused = account.get("refused") if isinstance(account, Mapping) else None
-    lost = sum(refused.values()) if isinstance(refused, Mapping) else 0
+    refused: Any = account.get("refused") if isinstance(account, Mapping) else None
+    refused = refused if isinstance(refused, Mapping) else {}
+    lost = sum(refused.values())
     if "samples" not in number_of:
         return ""
     text = f"Scored on {count(number_of['samples'])} samples"
