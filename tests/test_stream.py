@@ -177,3 +177,22 @@ def test_epochs_become_steps(parts, tmp_path, epochs, size, steps):
     assembled.adapt([run.adapt])
     loop = StageLoop(run, "train", run, assembled, Totals(), SimpleNamespace(), SimpleNamespace(), None)
     assert loop.total == steps
+
+
+def test_what_was_mended_is_in_the_account():
+    """Troubles of storage that cost no sample are counted once, by the process that met them."""
+    from vlm_adapt.data.storage import notes
+
+    notes.forget()
+    try:
+        stream = Stream(Numbers(), PaddedRows(Plan([12], seed=1)), Shape(3, 1), OPTIONS)
+        steps = stream.steps(LaneCursor(), 3)
+        notes.note("http://a/b.tar", "asked again", "status 500")
+        notes.note("http://a/c.tar", "asked again", "status 502")
+        (counted,) = next(steps).account.mended.items()
+        assert counted == ("http://a/b.tar: (no key): asked again: status 500", 2)
+        assert next(steps).account.mended == {}
+        notes.note("http://a/b.tar", "asked again")
+        assert sum(next(steps).account.mended.values()) == 1
+    finally:
+        notes.forget()

@@ -57,6 +57,7 @@ class Account:
     Attributes:
         split: used samples whose texts lie in more than one row.
         sources: for each source by name `read`, `used`, `refused` and `tokens` (learned ones).
+        mended: troubles of servers and caches that cost no sample, and how often.
         fresh: every refusal since someone took them: (source, key, why). Not kept in checkpoints.
     """
 
@@ -67,6 +68,7 @@ class Account:
     refused: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    mended: dict[str, int] = field(default_factory=dict)
     fresh: list[tuple[str, str, str]] = field(default_factory=list)
 
     @property
@@ -121,6 +123,8 @@ class Account:
         self.truncated += other.truncated
         self.split += other.split
         self.fresh += other.fresh
+        for reason, count in other.mended.items():
+            self.mended[reason] = self.mended.get(reason, 0) + count
         for name, counts in other.sources.items():
             self._source(name, **counts)
         for reason, count in other.refused.items():
@@ -145,6 +149,7 @@ class Account:
             "refused": dict(self.refused),
             "examples": {reason: list(keys) for reason, keys in self.examples.items()},
             "sources": {name: dict(counts) for name, counts in self.sources.items()},
+            "mended": dict(self.mended),
         }
 
     @classmethod
@@ -158,6 +163,7 @@ class Account:
             refused=dict(data["refused"]),
             examples={reason: list(keys) for reason, keys in data["examples"].items()},
             sources={name: dict(counts) for name, counts in data["sources"].items()},
+            mended=dict(data["mended"]),
         )
 
 

@@ -21,6 +21,7 @@ from vlm_adapt.data.collate import Batch, collate
 from vlm_adapt.data.problems import Account
 from vlm_adapt.data.reader import Reader
 from vlm_adapt.data.rows import Cursor, Row, Rows
+from vlm_adapt.data.storage.notes import noted
 from vlm_adapt.data.workers import Ahead, Workers, tell_what_is_read
 
 
@@ -66,6 +67,7 @@ class Microbatches(Dataset[tuple[Batch, Account]]):
 
     def __init__(self, reader: Reader, options: dict[str, Any]):
         self.reader, self.options = reader, options
+        self.told: dict[str, int] = {}  # notes of this process that are in an account already
 
     def __getitem__(self, rows: Any) -> tuple[Batch, Account]:
         account, made = Account(), []
@@ -81,6 +83,10 @@ class Microbatches(Dataset[tuple[Batch, Account]]):
                 made += row_texts  # each text has a row of its own
             elif row:
                 made.append(row_texts)
+        for problem, count in noted():
+            account.mended[str(problem)] = count - self.told.get(str(problem), 0)
+            self.told[str(problem)] = count
+        account.mended = {reason: count for reason, count in account.mended.items() if count}
         return collate(made, samples=account.used, **self.options), account
 
 

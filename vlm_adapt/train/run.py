@@ -159,6 +159,8 @@ def _finish(run: Run, loop: StageLoop, output: Path, folder: Path, journal: Jour
         counts = f"{account.used} used, {account.truncated} truncated, {account.split} split, "
         counts += f"{account.refusals} refused"
         say(f"samples: {counts}{'; refused ' + account.named() if account.refusals else ''}")
+    if account.mended:
+        say("mended on the way: " + "; ".join(f"{n:,} x {what}" for what, n in account.mended.items()))
     seconds = round(time.monotonic() - started, 1)
     journal.event("finish", step=loop.totals.step, seconds=seconds, account=account.to_dict())
     dist.barrier()
