@@ -32,7 +32,7 @@ def assembled(folder: Path) -> tuple[Run, Assembled]:
 
 def test_the_objective_is_its_formula(tmp_path: Path) -> None:
     run, made = assembled(tmp_path)
-    reader = made.reader(run.data.train, 0, 10**8)
+    reader = made.reader(run.data.train, 0, run.data)
     rows = [row for number in (0, 1, 4) for row in reader.rows(*_first(reader, number))]
     batch = collate(rows, **made.collate_options)
     total, losses_N = embedding(made.model, batch)
@@ -70,7 +70,7 @@ def test_text_alone_has_no_loss_but_runs_the_connector(tmp_path: Path) -> None:
     tiny.questions_shard(tmp_path / "text.tar", 3, images=0)
     run = validate(tree(tmp_path, data__train=[{"shards": str(tmp_path / "text.tar")}]), "test")
     made = build(run.model, torch.float32)
-    reader = made.reader(run.data.train, 0, 10**8)
+    reader = made.reader(run.data.train, 0, run.data)
     sample, phrasing = reader.sample(0)
     rows = reader.rows(sample, [phrasing.template.questions([("what?", "red")], 0)])
     total, _ = embedding(made.model, collate(rows, **made.collate_options))
@@ -85,7 +85,7 @@ def test_statistics_give_unit_channels_and_stay_with_the_checkpoint(tmp_path: Pa
     made, _, _ = restore(tmp_path / "out")
     gather = made.model.connector.gather
     assert not gather.wants_data
-    reader = made.reader(run.data.train, 0, 10**8)
+    reader = made.reader(run.data.train, 0, run.data)
     pixels = [torch.from_numpy(reader.pixels(reader.sample(n)[0])[0]) for n in range(len(reader))]
     with torch.no_grad():
         (features_NPV,) = made.model.features(torch.stack(pixels))

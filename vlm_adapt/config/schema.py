@@ -30,7 +30,7 @@ class OpenSection(BaseModel):
 
 
 class Vision(Section):
-    """The tower. `model` is `open_clip:NAME`, `timm:NAME`, `hf:NAME` or a folder."""
+    """The tower. `model` is `open_clip:NAME`, `timm:NAME`, `hf:NAME`, `navit:SIZE` or a folder."""
 
     model: str
     weights: str = "hub:"
