@@ -106,14 +106,27 @@ def test_block_mask(kind: str, window: int) -> None:
     assert mask.kv_num_blocks[1].flatten().tolist()[1:] == [1, 2]  # the second text sees nothing of the first
 
 
-@pytest.mark.slow  # torch compiles FlexAttention for this processor
 @pytest.mark.parametrize("kind", ["causal", "two-way", "branches"])
-def test_flex_attention_of_this_machine(kind: str) -> None:
-    """Through transformers and torch's compiler: as with the whole mask. On CPUs it has no gradients."""
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_flex_attention_gets_the_blocks(kind: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own road to FlexAttention, not compiled (torch 2.15 writes C++ for this mask that does
+    not compile on CPUs): as with the whole mask."""
+    from torch.nn.attention import flex_attention as module
+    from transformers.integrations import flex_attention as road
+
+    seen: list[Any] = []
+
+    def plain(*parts: Tensor, training: bool, **more: Any) -> Any:
+        seen.append(more["block_mask"])
+        return module.flex_attention(*parts, **more)
+
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(road, "compile_friendly_flex_attention", plain)
     of = layout(kind, [[5, 9, 3], [12]], length=20)
-    model, reference = language("llama", "flex_attention"), language("llama", "sdpa")
+    model, reference = language(family, "flex_attention"), language(family, "sdpa")
     with torch.no_grad():
         got, want = (one.hidden(packed(of, one)) for one in (model, reference))
+    assert len(seen) > 0 and all(isinstance(mask, module.BlockMask) for mask in seen)
     valid_BT = of.documents_BT > 0
     torch.testing.assert_close(got[valid_BT], want[valid_BT], atol=1e-5, rtol=0)
 
