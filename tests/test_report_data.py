@@ -157,6 +157,16 @@ def test_broken_lines_of_refusals_are_said(run: Path) -> None:
     assert "3 unreadable line(s) of refused.jsonl are left out." in text
 
 
+def test_what_was_mended_and_what_scores_left(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    lines[-1]["account"]["mended"] = {"a request was repeated": 3}
+    kept = {"by": "el2n", "samples": 1000, "kept": 750}
+    write(run / "journal.jsonl", [{"event": "stage", "selections": {"captions": kept}}, *lines])
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "Mended on the way, at the cost of no sample: 3 x a request was repeated." in text
+    assert "captions: 750 of 1,000 samples were kept by el2n." in text
+
+
 def test_rows_without_padding_need_no_curve(run: Path) -> None:
     write(run / "journal.jsonl", steps(useful_tokens=1.0))
     assert "Useful positions" not in write_report(run).read_text(encoding="utf-8")

@@ -39,6 +39,7 @@ class Told:
         read, used, truncated, split, refused: of all sources.
         until: the step that these counts end with; None is the end of the run.
         reasons: of the refusals, the commonest first.
+        mended: troubles of servers and caches that cost no sample, and how often.
         file: where each is named.
     """
 
@@ -50,6 +51,7 @@ class Told:
     refused: int = 0
     until: int | None = None
     reasons: list[Reason] = field(default_factory=list)
+    mended: dict[str, int] = field(default_factory=dict)
     file: Path | None = None
 
 
@@ -68,6 +70,7 @@ def told(record: RunRecord) -> Told | None:
         setattr(found, what, _whole(account.get(what)))
     for name, counts in _mapping(account.get("sources")).items():
         found.sources[str(name)] = {str(what): _whole(count) for what, count in _mapping(counts).items()}
+    found.mended = {str(what): _whole(times) for what, times in _mapping(account.get("mended")).items()}
     counted = {str(why): _whole(count) for why, count in _mapping(account.get("refused")).items()}
     named = sum(one.count for one in reasons)
     found.refused = sum(counted.values()) if account else named

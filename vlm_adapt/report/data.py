@@ -35,6 +35,7 @@ def data_section(record: RunRecord, account: Told | None, page: Path | None = No
     body = f'<div class="charts">{charts}</div>' if charts else ""
     if account is not None:
         body += _lead(account) + _sources(record, account) + _reasons(record, account, page)
+    body += _left_out(record)
     return f'<section id="data"><h2>Data</h2>{body}</section>' if body else ""
 
 
@@ -111,7 +112,20 @@ def _lead(account: Told) -> str:
     words += [f"{count(account.split)} split over several rows"] if account.split else []
     words += [f"{count(account.refused)} refused" if account.refused else "none refused"]
     again = " A sample counts each time it comes." if account.refused else ""
-    return f'<p class="lead above">{", ".join(words)}.{again}</p>'
+    mended = "; ".join(f"{count(times)} x {escape(what)}" for what, times in account.mended.items())
+    more = f" Mended on the way, at the cost of no sample: {mended}." if mended else ""
+    return f'<p class="lead above">{", ".join(words)}.{again}{more}</p>'
+
+
+def _left_out(record: RunRecord) -> str:
+    """What scores left of sources, as the stages' events tell it, each source once."""
+    told: dict[str, str] = {}
+    for event in record.events:
+        for name, kept in (_named(event, "selections") or {}).items():
+            stays, whole, by = (_named(kept, key) for key in ("kept", "samples", "by"))
+            if isinstance(stays, int) and isinstance(whole, int):
+                told[str(name)] = f"{name}: {count(stays)} of {count(whole)} samples were kept by {by}."
+    return "".join(f'<p class="lead above">{escape(text)}</p>' for text in told.values())
 
 
 def _sources(record: RunRecord, account: Told) -> str:
