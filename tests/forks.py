@@ -108,7 +108,11 @@ class Server:
         """End the server."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(120)  # a busy machine takes its time to end an interpreter
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:  # a process forked since holds the other end of the pipe
+            self.process.kill()
+            self.process.wait()
 
 
 def write(tree: dict[str, Any]) -> str:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vlm_adapt.data.lanes import LaneCursor, Plan, Source, mixed, shuffled
+from vlm_adapt.data.lanes import LaneCursor, Plan, Source, shuffled
+from vlm_adapt.data.mix import mixed
 from vlm_adapt.errors import UserError
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(sum)
@@ -158,6 +159,10 @@ def test_bad_plans_and_states_are_refused():
     for other in (Plan([5, 4]), Plan([4, 5], seed=1), Plan([Source((4, 5), 2.0)]), Plan([4, 5], lanes=8)):
         with pytest.raises(UserError, match="cannot resume the data stream"):
             other.resume(state)
+    with pytest.raises(UserError, match=r"it differs in seed \(was 0, is 1\); restore"):
+        Plan([4, 5], seed=1).resume(state)
+    with pytest.raises(UserError, match="it differs in keys of the samples; restore"):
+        Plan([Source((4, 5), mark="other")]).resume(state)
 
 
 def test_a_large_plan_is_quick_to_enter_anywhere():

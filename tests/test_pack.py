@@ -263,3 +263,17 @@ def test_buckets_hold_like_lengths_and_every_sample():
         spreads.append(max(longest) - min(longest))
         seen.update(unit.number for unit in units)
     assert seen == Counter(range(500)) and np.mean(spreads) < 5  # of 40
+
+
+def test_small_packed_sets_have_few_lanes():
+    """A lane with few samples would put the same ones in a row again and again."""
+    from vlm_adapt.train.feed import _lanes
+
+    assert [_lanes(True, samples) for samples in (0, 80, 600, 5000, 10**6)] == [1, 1, 2, 19, 64]
+    assert _lanes(False, 80) == 64
+    lengths = [60 + number % 9 for number in range(80)]
+    for lanes, least, most in ((1, 0.0, 0.05), (64, 0.5, 1.0)):  # where two epochs meet, a few
+        rows = PackedRows(Plan([80], lanes=lanes), lambda number, epoch, position: [lengths[number]], 512)
+        made, _ = rows.take(rows.start(), 64)
+        repeats = sum(len(row) - len({unit.number for unit in row}) for row in made)
+        assert least <= repeats / sum(map(len, made)) <= most, lanes

@@ -218,7 +218,7 @@ def test_a_longer_epoch_is_noticed(parts, server, folder, tmp_path):
     state = Path(tree["output_dir"]) / "checkpoint-2" / "state.json"
     state.write_text(json.dumps({k: v for k, v in json.loads(state.read_text()).items() if k != "finished"}))
     tiny.questions_shard(tmp_path / "train.tar", 25)
-    with pytest.raises(UserError, match="cannot resume the data stream: it had 24"):
+    with pytest.raises(UserError, match=r"it differs in samples of the sources \(was \[24\], is \[25\]\)"):
         train(validate(tree, "x"))
 
 

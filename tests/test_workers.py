@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -70,6 +71,7 @@ def test_an_error_in_a_worker_is_raised_as_it_is(tmp_path):
         with pytest.raises(UserError) as caught:
             made(Workers(Broken(tmp_path), count), range(6))
         assert sentence(caught) == "shard s.tar was changed while in use"
+        assert not [child for child in multiprocessing.active_children() if child.daemon]
 
 
 def test_ahead_hands_on_errors_and_ends_once():

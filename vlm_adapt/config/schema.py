@@ -124,7 +124,9 @@ class Data(Section):
     train: tuple[Source, ...] = ()
     evaluate: tuple[Source, ...] = ()
     workers: int = Field(0, ge=0)
-    lanes: int = Field(64, gt=0)
+    lanes: int | None = Field(
+        None, gt=0, description="parts that the order is made of; None is 64, fewer for small packed sets"
+    )
     shuffle: bool = True
     shuffle_window: int | None = Field(
         None, gt=0, description="shuffle so many samples of a lane at a time; None: all, remote shards 4096"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -60,39 +60,6 @@ class Source:
             return self.samples if total else 0
         whole = int(self.weight)
         return whole * total + round((self.weight - whole) * total)
-
-
-def mixed(
-    sources: Sequence[Source],
-    mixing: str = "size",
-    epoch_ends: str = "last",
-    epoch_samples: int | None = None,
-) -> list[Source]:
-    """Sources with the number of samples that each of them gives to an epoch.
-
-    Args:
-        sources: their weights say how often each sample comes (`mixing` "size"), or which share of
-            the epoch the source has ("weight").
-        epoch_ends: with "weight", when the "first" source, or the "last", has been seen whole.
-        epoch_samples: as many in all, in the same shares (largest remainders).
-    """
-    sizes = [sum(source.counts) for source in sources]
-    parts = [
-        source.weight * (size if mixing == "size" else float(size > 0))
-        for source, size in zip(sources, sizes, strict=True)
-    ]
-    if (mixing == "size" and epoch_samples is None) or not sum(parts):
-        return list(sources)
-    shares = [part / sum(parts) for part in parts]
-    if epoch_samples is None:
-        needed = [size / share for size, share in zip(sizes, shares, strict=True) if share]
-        epoch_samples = round(min(needed) if epoch_ends == "first" else max(needed))
-    exact = [share * epoch_samples for share in shares]
-    given = [int(value) for value in exact]
-    by_rest = sorted(range(len(exact)), key=lambda number: (given[number] - exact[number], number))
-    for number in by_rest[: epoch_samples - sum(given)]:
-        given[number] += 1
-    return [replace(source, samples=samples) for source, samples in zip(sources, given, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -273,13 +240,33 @@ class Plan:
 
     def state(self, cursor: LaneCursor) -> dict[str, Any]:
         """What a checkpoint keeps: a few numbers."""
-        return {**cursor.to_dict(), "samples": self.samples, "fingerprint": self.fingerprint()}
+        return {**cursor.to_dict(), **self.words()}
+
+    def words(self) -> dict[str, Any]:
+        """What tells this order from others, for a state and for whoever must say what has changed."""
+        settings = {
+            "number of sources": len(self.sources),
+            "samples of the sources": [sum(source.counts) for source in self.sources],
+            "samples that an epoch shows of them": [source.shown for source in self.sources],
+            "keys of the samples": [source.mark for source in self.sources],
+            "seed": self.seed,
+            "lanes": self.lanes,
+            "shuffle": self.shuffle,
+            "shuffle_window": self.window,
+        }
+        return {"samples": self.samples, "fingerprint": self.fingerprint(), "settings": settings}
 
     def resume(self, state: dict[str, Any]) -> LaneCursor:
         """The cursor of a saved state; UserError if the data, its weights or the seed are not the same."""
         if state["fingerprint"] != self.fingerprint():
+            before, now = state.get("settings", {}), self.words()["settings"]
+            changed = [
+                f"{what} (was {before[what]}, is {now[what]})" if "keys" not in what else what
+                for what in now
+                if what in before and before[what] != now[what]
+            ]
             raise UserError(
-                f"cannot resume the data stream: it had {state['samples']:,} samples an epoch and has "
-                f"{self.samples:,}, or another seed, weight or shard order; restore the data and settings"
+                f"cannot resume the data stream: it differs in {', '.join(changed) or 'shard order'}; "
+                "restore the data and settings, or start over with --fresh"
             )
         return LaneCursor(int(state["epoch"]), int(state["position"]))

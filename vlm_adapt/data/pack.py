@@ -193,8 +193,7 @@ class PackedRows(Rows[PackedCursor]):
         words = {"batching": self.kind, "taken": cursors[0].taken, "row_length": self.length}
         return {
             **words,
-            "samples": len(self.plan),
-            "fingerprint": self.plan.fingerprint(),
+            **self.plan.words(),
             "lanes": written,
         }
 

@@ -163,7 +163,7 @@ class Account:
             refused=dict(data["refused"]),
             examples={reason: list(keys) for reason, keys in data["examples"].items()},
             sources={name: dict(counts) for name, counts in data["sources"].items()},
-            mended=dict(data["mended"]),
+            mended=dict(data.get("mended", {})),
         )
 
 

@@ -147,6 +147,8 @@ class Workers:
                 if "DataLoader worker" not in str(error) or "exited unexpectedly" not in str(error):
                     raise
                 self._mourn(loader, error)
+            finally:
+                loader._shutdown_workers()  # now, and not when the last traceback that knows them is gone
 
     def _loader(self, jobs: Iterator[Any]) -> Any:
         _Desk.places = multiprocessing.get_context("fork").RawArray(ctypes.c_char, self.count * PLACE_BYTES)
@@ -178,7 +180,6 @@ class Workers:
             told.append(f"{number} (process {process.pid}, {_ending(process.exitcode)}), reading {place}")
             again |= place in self.fatal
             self.fatal.add(place)
-        loader._shutdown_workers()
         self.restarts += 1
         words = f"data worker {'; '.join(told) or error}"
         if again or self.restarts > RESTARTS:

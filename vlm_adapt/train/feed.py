@@ -13,13 +13,15 @@ import torch
 from vlm_adapt import dist
 from vlm_adapt.config.schema import Run
 from vlm_adapt.data.batching import BATCHING
-from vlm_adapt.data.lanes import Plan, Source, mixed
+from vlm_adapt.data.lanes import LANES, Plan, Source
+from vlm_adapt.data.mix import mixed
 from vlm_adapt.data.reader import Reader
 from vlm_adapt.data.rows import Rows
 from vlm_adapt.data.stream import Shape, Stream
 from vlm_adapt.errors import UserError
 from vlm_adapt.models.build import Assembled
 
+SAMPLES_A_LANE = 256  # that packing wants: a lane with fewer than fill a row or two meets them again in it
 REMOTE_WINDOW = 4096  # samples of a lane shuffled at a time, where shards are not local files
 
 
@@ -49,10 +51,11 @@ def build_feed(assembled: Assembled, run: Run, stage_run: Run, stage: int) -> Fe
         first = reader.problems[0]
         raise UserError(f"nothing can be read from data.train: {first.shard}: {first.reason}")
     window = data.shuffle_window or (REMOTE_WINDOW if reader.remote else None)
+    sources = mixed(sources, data.mixing, data.epoch_ends, data.epoch_samples)
     plan = Plan(
-        mixed(sources, data.mixing, data.epoch_ends, data.epoch_samples),
+        sources,
         run.seed + stage,
-        data.lanes,
+        data.lanes or _lanes(data.batching == "packed", sum(source.shown for source in sources)),
         data.shuffle,
         window,
     )
@@ -78,3 +81,8 @@ def build_feed(assembled: Assembled, run: Run, stage_run: Run, stage: int) -> Fe
     measure = (reader.twin() if data.workers else reader).measure
     rows = BATCHING.load(data.batching)(plan, measure, length, shape.global_batch)
     return Feed(reader, plan, rows, Stream(reader, rows, shape, options, data.workers))
+
+
+def _lanes(packed: bool, samples: int) -> int:
+    """How many lanes an order has, when nobody says."""
+    return min(LANES, max(1, samples // SAMPLES_A_LANE)) if packed else LANES
