@@ -174,15 +174,14 @@ def test_too_many_bad_samples_stop_both_ranks(parts, server, tmp_path, shards):
     tree["train"] |= {"max_steps": 100, "deepspeed": "zero1"}
     started = server.start(["train", write(tree)], ranks=2)
     assert started.wait(60) == [2, 2], started.text()
-    assert re.search(
-        r"vlm-adapt: \d+ of \d+ samples were refused \(.*\), over data.max_refused 0.1", started.text()
-    )
+    said = r"vlm-adapt: \d+ of \d+ samples \(data.max_refused 0.1\) were refused: \d+ x .*refused.jsonl"
+    assert re.search(said, started.text())
 
 
 def test_nothing_usable_is_no_success(parts, tmp_path, shards):
     """Fewer samples than are judged by their share."""
     with pytest.raises(
-        UserError, match=r"6 of 6 samples were refused \(.*\), so nothing was learned"
+        UserError, match=r"6 of 6 samples were refused, so nothing was learned: 1 x .*refused.jsonl"
     ) as caught:
         train(
             run_of(

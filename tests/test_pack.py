@@ -17,6 +17,7 @@ from vlm_adapt.data.encode import Encoded
 from vlm_adapt.data.lanes import Plan, Source
 from vlm_adapt.data.pack import PackedRows, fill
 from vlm_adapt.data.problems import BadSample
+from vlm_adapt.data.storage import notes
 from vlm_adapt.data.stream import Shape, Stream
 from vlm_adapt.errors import UserError
 
@@ -133,6 +134,7 @@ def test_any_ranks_stopped_anywhere_make_one_stream(counts, seed, lanes, bad, wi
 
 @pytest.mark.parametrize("kind", sorted(BATCHING))
 def test_workers_change_nothing(kind):
+    notes.forget()  # what storage noted in other tests
     plan, texts = Plan([30, 11], seed=4, lanes=5), Texts(1, bad=0.3)
     alone = run(kind, plan, texts, (2, 2, 2), 6)
     helped = run(kind, plan, texts, (2, 2, 2), 6, workers=2)

@@ -204,7 +204,8 @@ class StageLoop:
                     f"checkpoints of earlier steps are in '{self.output}'"
                 )
         if self.budget.total("used") == 0 and self.totals.stage_step == self.total:
-            self.budget.stop("every sample was refused, so nothing was learned")
+            read = self.budget.total("read")
+            self.budget.stop(f"{read} of {read} samples were refused, so nothing was learned")
 
     def _whole_account(self) -> Account:
         merged = Account()
