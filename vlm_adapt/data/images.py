@@ -30,7 +30,6 @@ MAX_PIXELS = 100_000_000
 # What a photograph may come in; not the whole of PIL, whose rarer parsers call other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "MPO")
 _ORIENTATION = 0x0112  # the EXIF tag
-_EXIF_REGION = 1 << 16  # EXIF is one JPEG segment, near the start, of less than 64 KiB
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -90,9 +89,25 @@ def _by_pil(data: bytes, max_pixels: int) -> np.ndarray:
         raise BadSample(f"damaged {image.format} image", f"{type(error).__name__}: {error}") from error
 
 
+def _has_exif(data: bytes) -> bool:
+    """Whether a segment before the picture is EXIF. Walks the segments: a search would read the picture too."""
+    position = 2
+    while data[position : position + 1] == b"\xff" and len(data) > position + 10:
+        marker = data[position + 1]
+        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            return True
+        if marker == 0xDA:  # the picture begins
+            return False
+        # Fill bytes and markers without a length are stepped over.
+        alone = marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8
+        step = 1 if marker == 0xFF else 2
+        position += step if alone else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return False
+
+
 def _orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG, 1 to 8 (1 is upright)."""
-    if data.find(b"Exif\0\0", 0, _EXIF_REGION) < 0:
+    if not _has_exif(data):
         return 1
     try:
         with warnings.catch_warnings():
