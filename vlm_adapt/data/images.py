@@ -90,7 +90,7 @@ def _by_pil(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def _has_exif(data: bytes) -> bool:
-    """Whether a segment before the picture is EXIF. Walks the segments: a search would read the picture too."""
+    """Whether a segment before the picture is EXIF. Walks the segments: a search would read on."""
     position = 2
     while data[position : position + 1] == b"\xff" and len(data) > position + 10:
         marker = data[position + 1]
