@@ -14,6 +14,7 @@ import pytest
 import tiny
 import yaml
 
+from vlm_adapt import folders
 from vlm_adapt.config.load import load_run, validate
 from vlm_adapt.data.problems import Account, Problem
 from vlm_adapt.errors import UserError
@@ -109,7 +110,7 @@ def test_a_silent_hub_is_told_once(caplog):
 
 
 def test_an_output_folder_is_one_runs_at_a_time(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock_room, "PATIENCE", 0.3)
+    monkeypatch.setattr(folders, "PATIENCE", 0.3)
     output = tmp_path / "out"
     output.mkdir()
     other = lock_room.OutputLock(output)

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 import write_rows
 
+from vlm_adapt import folders
 from vlm_adapt.data.convert import CONVERTERS
 from vlm_adapt.data.convert import hold as holding
 from vlm_adapt.data.convert.run import write_dataset
@@ -227,7 +228,7 @@ def test_no_usable_sample_costs_nothing(tmp_path):
 
 
 def test_one_conversion_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(holding, "PATIENCE", 0.1)
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
     with holding.hold(tmp_path), pytest.raises(UserError, match="another process is writing shards into"):
         write(tmp_path, sizes="10x3")
     assert write(tmp_path, sizes="10x3")["samples"] == 3

@@ -6,14 +6,10 @@ as well, gives it back.
 
 from __future__ import annotations
 
-import errno
 import os
-import time
 from pathlib import Path
 
-from vlm_adapt.errors import UserError
-
-PATIENCE = 15.0  # seconds: what was killed a moment ago may still be ending
+from vlm_adapt.folders import lock
 
 
 class OutputLock:
@@ -35,25 +31,10 @@ class OutputLock:
         """
         if self.held is not None or not self.folder.is_dir():
             return
-        import fcntl
-
-        handle = os.open(self.folder, os.O_RDONLY)
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    break  # a file system without locks
-                if time.monotonic() > until:
-                    os.close(handle)
-                    raise UserError(
-                        f"another process is training into '{self.folder}': wait for it, "
-                        "or choose another output_dir"
-                    ) from error
-            time.sleep(0.2)
-        self.held = handle
+        self.held = lock(
+            self.folder,
+            f"another process is training into '{self.folder}': wait for it, or choose another output_dir",
+        )
 
     def release(self) -> None:
         """Give it back."""

@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from vlm_adapt.errors import UserError
+from vlm_adapt.folders import cache_root
 
 RECEIPT = "receipt.json"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def root() -> Path:
-    """The cache folder: `$VLM_ADAPT_CACHE`, else `vlm_adapt` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    chosen = os.environ.get("VLM_ADAPT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "vlm_adapt"
+    """The cache folder; see folders.py."""
+    return cache_root()
 
 
 def sha256(path: Path) -> str:

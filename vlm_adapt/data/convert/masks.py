@@ -5,20 +5,16 @@ Knows files and sizes; knows nothing about any one dataset, nor how objects are 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image as PILImage
 
 from vlm_adapt.data.convert.common import Conversion, read_image, safe_key
-from vlm_adapt.data.images import image_size
 from vlm_adapt.data.masks import GREY, check_size, check_values, encode_mask, mask_header, read_mask
 from vlm_adapt.data.problems import BadSample
-
-_ORIENTATION = 0x0112  # the EXIF tag
+from vlm_adapt.data.sizes import seen_size
 
 
 def read_mask_file(path: Path) -> bytes:
@@ -29,19 +25,6 @@ def read_mask_file(path: Path) -> bytes:
         raise BadSample("mask file is missing", str(path)) from error
     except OSError as error:
         raise BadSample("mask file cannot be read", f"{path}: {error.strerror}") from error
-
-
-def seen_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of an image as it is seen, turned by its EXIF. Raises BadSample."""
-    width, height = image_size(data)
-    if b"Exif\0\0" in data[: 1 << 16] or b"eXIf" in data or (data[:4] == b"RIFF" and b"EXIF" in data):
-        try:
-            turn = PILImage.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1)
-        except Exception:
-            turn = 1  # unreadable EXIF says nothing about the pixels
-        if turn in (5, 6, 7, 8):
-            return height, width
-    return width, height
 
 
 def check_annotated_size(data: bytes, annotated: tuple[int, int]) -> None:
