@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_adapt.data.images import decode, load_image, resize
+from vlm_adapt.data.images import _scale, decode, load_image, resize
 from vlm_adapt.data.problems import Account, BadSample, Problem
 from vlm_adapt.data.sample import parse_sample
 from vlm_adapt.image_spec import ImageSpec
@@ -172,7 +172,8 @@ def test_squash_is_within_one_grey_level_of_pil(interpolation, shape):
     pixels = resize(source, ImageSpec((64, 80), interpolation=interpolation))
     method = getattr(Image.Resampling, interpolation.upper())
     expected = np.asarray(Image.fromarray(source).resize((80, 64), method)).transpose(2, 0, 1)
-    assert pixels.shape == (3, 64, 80) and pixels.dtype == np.uint8 and pixels.flags.c_contiguous
+    assert pixels.shape == (3, 64, 80) and pixels.dtype == np.uint8
+    assert pixels.transpose(1, 2, 0).flags.c_contiguous
     assert np.abs(pixels.astype(int) - expected).max() <= 1  # torch rounds between its two passes
 
 
@@ -199,6 +200,27 @@ def test_pad_keeps_the_aspect_and_fills_with_the_mean():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50_000), (50_000, 1), (10, 3000)])
 def test_extreme_aspects(way, shape):
     assert resize(np.full((*shape, 3), 7, np.uint8), ImageSpec((24, 16), resize=way)).shape == (3, 24, 16)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_what_a_crop_drops_is_not_computed_and_changes_nothing(interpolation):
+    draws = np.random.default_rng(3)
+    for _ in range(60):
+        old, new = draws.integers(1, 300, 2), draws.integers(1, 200, 2)
+        needed = tuple(int(draws.integers(1, side + 1)) for side in new)
+        image = draws.integers(0, 256, (*old, 3)).astype(np.uint8)
+        whole = _scale(image, *map(int, new), interpolation)[: needed[0], : needed[1]]
+        part = _scale(image, *map(int, new), interpolation, needed)[: needed[0], : needed[1]]
+        # One level in a value of a million: the scale is rounded once more.
+        assert np.abs(whole.astype(int) - part.astype(int)).max() <= 1
+
+
+def test_images_decoded_in_passing_do_not_share_memory():
+    size = ImageSpec((48, 64))
+    files = [encode(picture(seed=seed), "JPEG") for seed in (0, 1)]
+    first, second = (load_image(file, size) for file in files)  # of the wanted size: nothing to resize
+    assert np.array_equal(first, decode(files[0]).transpose(2, 0, 1))
+    assert np.array_equal(second, decode(files[1]).transpose(2, 0, 1))
 
 
 def test_decoding_needs_no_torch():

@@ -52,7 +52,7 @@ def photographs(count: int, seed: int = 0) -> list[bytes]:
 
 def ours(normalise: bool) -> Callable[[list[bytes]], torch.Tensor]:
     """Our road, as the reader and the tower walk it."""
-    from vlm_adapt.data.images import load_image
+    from vlm_adapt.data.patches import load_images, together
     from vlm_adapt.image_spec import ImageSpec
 
     spec = ImageSpec((SIZE, SIZE), MEAN, STD, "crop", "bicubic")
@@ -60,7 +60,7 @@ def ours(normalise: bool) -> Callable[[list[bytes]], torch.Tensor]:
     std = torch.tensor(STD)[:, None, None]
 
     def batch(files: list[bytes]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.stack([load_image(data, spec) for data in files]))
+        pixels = together(load_images(files, spec))
         return (pixels.float().div_(255) - mean) / std if normalise else pixels
 
     return batch

@@ -216,7 +216,8 @@ def together(images: Sequence[Any]) -> Any:
     import torch
 
     if not isinstance(images[0], ImagePatches):
-        return torch.from_numpy(np.stack(images))
+        stacked_NHWC = np.stack([one.transpose(1, 2, 0) for one in images])  # as they lie in memory
+        return torch.from_numpy(stacked_NHWC).permute(0, 3, 1, 2)
     return Patches(
         torch.from_numpy(np.concatenate([one.patches_PV for one in images])),
         torch.from_numpy(np.concatenate([one.places_P for one in images]).astype(np.int64)),

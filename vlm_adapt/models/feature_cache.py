@@ -35,7 +35,7 @@ class FeatureCache:
         names = (
             images.names()
             if isinstance(images, Patches)
-            else [hashlib.blake2b(one.numpy(), digest_size=16).digest() for one in images.cpu()]
+            else [hashlib.blake2b(one.numpy(), digest_size=16).digest() for one in images.cpu().contiguous()]
         )
         missing = {name: place for place, name in enumerate(names) if name not in self.kept}
         found = {name: self.kept[name] for name in names if name in self.kept}

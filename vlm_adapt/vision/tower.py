@@ -121,7 +121,9 @@ class Tower(nn.Module):
             std = torch.tensor(self.image_spec.std, device=device).view(shape) * 255
             self._statistics[device] = (mean, std)
         mean, std = self._statistics[device]
-        return ((pixels_NCHW.float() - mean) / std).to(self.dtype)
+        # Batches come interleaved; towers see planes whatever came, and so the same sums everywhere.
+        pixels_NCHW = pixels_NCHW.to(torch.float32, memory_format=torch.contiguous_format)
+        return ((pixels_NCHW - mean) / std).to(self.dtype)
 
     def forward(self, pixels_NCHW: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
         """Features of each requested layer, patches only (no class or register tokens).
