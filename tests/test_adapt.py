@@ -15,6 +15,7 @@ import transformers
 from vlm_adapt.adapt.full import Full
 from vlm_adapt.adapt.lora import Lora, choose_layers
 from vlm_adapt.adapt.method import read_tensors
+from vlm_adapt.adapt.place import Place
 from vlm_adapt.config.schema import Adapt
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.causal import CausalLanguage
@@ -129,17 +130,17 @@ def test_stages_add_up(ours: Any) -> None:
     align, tune = lines(FULL), lines(FULL | {"learning_rate": 1e-5}, LORA)
     plan = ours.adapt([align, lines(LORA), lines(LORA | {"r": 2}, LORA | {"where": "vision"})])
     assert [(i.label, i.trains) for i in plan.attached] == [
+        ("connector-full", False),
         ("language-lora", False),
         ("language-lora-2", True),
         ("vision-lora", True),
-        ("connector-full", False),
     ]
     trainable = {id(p) for p in ours.model.parameters() if p.requires_grad}
     assert trainable == {id(p) for i in plan.attached if i.trains for p in i.method.parameters.values()}
     batch = a_batch(ours)
     move(plan)
     both = ours.model.logits(batch)
-    for item in plan.attached[:2]:  # each of the two adapters of one layer is felt
+    for item in plan.attached[1:3]:  # each of the two adapters of one layer is felt
         kept = {key: p.data.clone() for key, p in item.method.parameters.items()}
         for parameter in item.method.parameters.values():
             parameter.data.zero_()
@@ -147,16 +148,16 @@ def test_stages_add_up(ours: Any) -> None:
         for key, parameter in item.method.parameters.items():
             parameter.data.copy_(kept[key])
     assert torch.equal(ours.model.logits(batch), both)
-    assert {key for item in plan.attached[:2] for key in item.method.parameters} == set(
-        plan.attached[0].method.parameters
+    assert {key for item in plan.attached[1:3] for key in item.method.parameters} == set(
+        plan.attached[1].method.parameters
     )
     assert align[0].options == tune[0].options  # another rate is the same method
 
 
 def test_a_rate_of_its_own(tmp_path: Path, ours: Any) -> None:
     plan = ours.adapt([lines(FULL), lines(FULL | {"learning_rate": 1e-5}, LORA)])
-    assert [(i.label, i.trains) for i in plan.attached] == [("language-lora", True), ("connector-full", True)]
-    assert [(part, rate) for part, rate, _ in plan.groups(3e-4)] == [("language", 3e-4), ("connector", 1e-5)]
+    assert [(i.label, i.trains) for i in plan.attached] == [("connector-full", True), ("language-lora", True)]
+    assert [(part, rate) for part, rate, _ in plan.groups(3e-4)] == [("connector", 1e-5), ("language", 3e-4)]
 
 
 def saved(plan: Any, folder: Path) -> Path:
@@ -225,7 +226,7 @@ def test_conv1d_of_gpt2() -> None:
     ids_BT = torch.tensor([[5, 6, 7]])
     before = language.model(input_ids=ids_BT).logits
     method = Lora(r=2)
-    method.attach(language, set())
+    method.attach(Place("language", language))
     shapes = [(32, 96), (32, 32), (32, 128), (128, 32)]
     assert sum(p.numel() for p in method.parameters.values()) == 2 * sum(2 * (i + o) for i, o in shapes)
     assert torch.equal(language.model(input_ids=ids_BT).logits, before)
@@ -234,9 +235,9 @@ def test_conv1d_of_gpt2() -> None:
 def test_full_trains_a_head_of_its_own() -> None:
     language = CausalLanguage(tiny_languages.model("llama"))
     method = Full()
-    method.attach(language, set())
+    method.attach(Place("language", language))
     assert set(method.parameters) == {name for name, _ in language.named_parameters()}
-    assert choose_layers(language, language.model, "o_proj", set()) == [
+    assert choose_layers(Place("language", language), language.model, "o_proj") == [
         f"model.layers.{block}.self_attn.o_proj" for block in range(2)
     ]
 
@@ -249,7 +250,7 @@ def test_the_update_is_alpha_over_r_times_ba(settings: dict[str, float], scale: 
     x_D = torch.randn(32, generator=torch.Generator().manual_seed(0))
     before = layer(x_D)
     method = Lora(r=4, target_modules="layers.0.self_attn.q_proj", **settings)
-    method.attach(language, set())
+    method.attach(Place("language", language))
     a_RD, b_DR = (parameter.data.normal_() for parameter in method.parameters.values())
     assert a_RD.shape == (4, 32) and b_DR.shape == (32, 4)
     after = language.model.model.layers[0].self_attn.q_proj(x_D)

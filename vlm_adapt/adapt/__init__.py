@@ -6,6 +6,7 @@ METHODS = Choices(
     "adaptation method",
     {
         "full": "vlm_adapt.adapt.full:Full",
+        "last_blocks": "vlm_adapt.adapt.full:LastBlocks",
         "lora": "vlm_adapt.adapt.lora:Lora",
     },
 )

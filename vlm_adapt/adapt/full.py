@@ -1,25 +1,62 @@
-"""Full fine-tuning of a part. Knows only that whatever is used, trains."""
+"""Full fine-tuning of a part, or of some of its blocks. Knows only that whatever is used, trains."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from vlm_adapt.adapt.method import Method
+from vlm_adapt.adapt.place import Place
 from vlm_adapt.errors import UserError
 
 
 class Full(Method):
-    """Train every parameter of the part that gets a gradient."""
+    """Train every parameter that gets a gradient: of the part, or of the blocks that `blocks` names."""
 
     name = "full"
+    summary = "every weight of the part, or of its last blocks with `blocks`"
+    order = 0
+    alone = True
 
-    def attach(self, part: nn.Module, unused: set[str]) -> None:
-        """Name every used parameter of the part."""
-        self.part = part
+    def attach(self, place: Place) -> None:
+        """Name every used parameter."""
+        self.part = place.part
+        self.alone = place.chosen is None
+        within: set[int] | None = None
+        if place.chosen is not None:
+            within = {id(p) for _, _, block in place.blocks() for p in block.parameters()}
         self.parameters = {
             name: parameter
-            for name, parameter in part.named_parameters()
-            if not any(name == place or name.startswith(place + ".") for place in unused)
+            for name, parameter in place.part.named_parameters()
+            if place.is_used(name) and (within is None or id(parameter) in within)
         }
         if not self.parameters:
-            raise UserError("adapt: 'full' finds nothing to train: this part has no parameters")
+            raise UserError(f"adapt: '{self.name}' finds nothing to train: this part has no parameters")
+
+
+class LastBlocks(Full):
+    """Train the last blocks alone.
+
+    Args:
+        k: how many, counted from the last that is used.
+    """
+
+    name = "last_blocks"
+    summary = "every weight of the last k blocks"
+    alone = False
+
+    def __init__(self, k: int = 1):
+        super().__init__()
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise UserError(f"adapt: last_blocks takes a whole number k from 1, not {k!r}")
+        self.k = k
+
+    def attach(self, place: Place) -> None:
+        """Name the parameters of the last blocks."""
+        blocks = place.blocks()
+        if self.k > len(blocks):
+            raise UserError(f"adapt: last_blocks k {self.k} is more than the {len(blocks)} blocks there are")
+        parameters: dict[int, nn.Parameter] = {
+            id(p): p for _, _, block in blocks[-self.k :] for p in block.parameters()
+        }
+        self.part = place.part
+        self.parameters = {name: p for name, p in place.part.named_parameters() if id(p) in parameters}

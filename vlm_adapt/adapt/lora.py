@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from vlm_adapt.adapt.method import Gathered, Method
+from vlm_adapt.adapt.place import Place
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 
@@ -37,6 +38,10 @@ class Lora(Method):
     """
 
     name = "lora"
+    summary = "low-rank updates of linear layers (with DoRA, rsLoRA, PiSSA, EVA, LoftQ by peft's settings)"
+    paper = "Hu et al. 2021, arXiv 2106.09685"
+    order = 1
+    mergeable = True
     file_name = "adapter_model.safetensors"
 
     def __init__(
@@ -63,13 +68,13 @@ class Lora(Method):
 
         return list(LoraConfig.__dataclass_fields__)
 
-    def attach(self, part: nn.Module, unused: set[str]) -> None:
+    def attach(self, place: Place) -> None:
         """Inject the adapter; the base's weights stay where they are."""
         from peft import LoraConfig, inject_adapter_in_model
 
-        self.part = part
+        self.part = part = place.part
         inner = inner_model(part)
-        names = choose_layers(part, inner, self.targets, unused)
+        names = choose_layers(place, inner, self.targets)
         try:
             self.config = LoraConfig(target_modules=names, **self.settings)
         except (TypeError, ValueError) as error:
@@ -109,20 +114,17 @@ def inner_model(part: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else part
 
 
-def choose_layers(
-    part: nn.Module, inner: nn.Module, targets: str | Sequence[str], unused: set[str]
-) -> list[str]:
+def choose_layers(place: Place, inner: nn.Module, targets: str | Sequence[str]) -> list[str]:
     """Dotted names, below `inner`, of the linear layers that `targets` means.
 
     Raises:
         UserError: a target matches no layer; the nearest name is given.
     """
-    in_blocks = {id(module) for block in getattr(part, "blocks", [part]) for module in block.modules()}
-    idle = {id(module) for name in unused for module in part.get_submodule(name).modules()}
+    in_blocks = place.inside()
     layers = {
         name: module
         for name, module in inner.named_modules()
-        if is_linear(module) and id(module) in in_blocks and id(module) not in idle and "lora_" not in name
+        if is_linear(module) and id(module) in in_blocks and "lora_" not in name
     }
     layers = {name.removesuffix(".base_layer"): module for name, module in layers.items()}
     if targets == "all-linear":

@@ -1,50 +1,77 @@
-"""What every adaptation method is: it attaches to a part, names what trains, and saves itself.
+"""What every adaptation method is: it attaches to a place, names what trains, and saves itself.
 
-Knows parts by their `.blocks`, and parameters by their names; knows nothing about towers, languages
-or engines.
+Knows places and parameters by their names; knows nothing about towers, languages or engines.
+
+How a method reaches a layer: it replaces the layer by one that holds it (peft's way), or it adds a module
+of its own to the layer and calls that from a forward hook. Nobody's `forward` is reassigned, and names of
+the library's own weights stay what they are, so files of other methods keep their keys. What trains lives in
+modules that are called (`module(x)`), never in bare parameters that a hook reads: ZeRO-3 gathers a module's
+weights when it is called.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from vlm_adapt.adapt.place import Place
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 
 Gathered = Mapping[str, Tensor]
+EVERYWHERE = ("vision", "connector", "language")
 
 
 class Method:
     """One line of an adaptation plan, attached to one part.
 
     A subclass's constructor takes the method's own settings by keyword: its signature is what the
-    configuration is checked against.
+    configuration is checked against. Class attributes are plain literals: `vlm-adapt adapt list` reads them
+    off the source.
 
     Attributes:
         name: the method's name in the table.
+        summary, paper: one line for the list of methods, and where it comes from.
+        sides: the parts it can be put on.
+        order: when it attaches: 0 chooses among weights as they are, 1 replaces layers, 2 adds around them.
+            A lower one goes first, so that names do not depend on the order of the plan's lines.
+        mergeable: whether `merge` can fold it into the base's weights.
+        alone: whether it can share its part with no other method.
         part: what it is attached to.
         parameters: file key -> parameter, filled by `attach`; what the method trains and saves.
+        active: whether it acts; several adapters of one model are switched by it.
     """
 
     name: str
+    summary = ""
+    paper = ""
+    sides: tuple[str, ...] = EVERYWHERE
+    order = 2
+    mergeable = False
+    alone = False
+    file_name = "model.safetensors"
 
     def __init__(self) -> None:
         self.part: nn.Module | None = None
         self.parameters: dict[str, nn.Parameter] = {}
+        self.active = True
 
-    def attach(self, part: nn.Module, unused: set[str]) -> None:
-        """Wrap or mark layers of `part`; fill `parameters`.
+    def attach(self, place: Place) -> None:
+        """Choose, replace or add layers at `place`; fill `part` and `parameters`.
 
-        Args:
-            unused: dotted names of modules of the part whose output the model does not use: nothing
-                there gets a gradient, so nothing there is adapted.
+        New parameters are made on `place.device` (which may be `meta`), in float32. At the start the part
+        computes what it did before, unless the paper says otherwise.
+
+        Raises:
+            UserError: nothing there fits the method, or its settings do not fit the part.
         """
         raise AttributeError("a method says how it attaches")
+
+    # Files ---------------------------------------------------------------------------------------
 
     def save(self, folder: Path, tensors: Gathered) -> None:
         """Write what was trained: `tensors` by the keys of `parameters`, on the CPU."""
@@ -53,7 +80,9 @@ class Method:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / self.file_name)
 
-    file_name = "model.safetensors"
+    def save_latent(self, folder: Path, tensors: Gathered) -> None:
+        """Write what only going on with training needs, where `save` keeps less than was trained (one bit
+        of a float, say); nothing for most methods. `read` prefers it where it is."""
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The saved tensors, by the keys of `parameters`.
@@ -62,6 +91,49 @@ class Method:
             UserError: the file is missing, is no safetensors file, or holds other keys or shapes.
         """
         return read_tensors(folder / self.file_name, self.parameters)
+
+    def bytes_stored(self) -> int:
+        """Bytes of tensors that `save` writes."""
+        return sum(
+            int(getattr(p, "ds_numel", p.numel())) * p.element_size() for p in self.parameters.values()
+        )
+
+    # Together with others ------------------------------------------------------------------------
+
+    def set_active(self, active: bool) -> None:
+        """Let the method act, or leave the part as it was without it (its weights stay attached).
+
+        Methods with modules of their own need only read `self.active` there; those that change the base's
+        own weights keep both and put one or the other in place.
+        """
+        self.active = active
+
+    def merge(self) -> None:
+        """Fold what was trained into the part's own weights and take the method's modules off.
+
+        Raises:
+            UserError: the method is no change of weights.
+        """
+        raise UserError(
+            f"'{self.name}' cannot be merged: it is no change of the base's weights; keep it as an adapter"
+        )
+
+    # While training ------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor | None:
+        """A term added to the loss of a step (AdaLoRA's orthogonality), on the method's own parameters."""
+        return None
+
+    def before_step(self, step: int, total: int, gradient: Callable[[nn.Parameter], Tensor | None]) -> None:
+        """Called on every rank before the optimizer's step, numbered from 0.
+
+        Args:
+            gradient: the whole, averaged gradient of a parameter (None where it has none); every rank calls
+                it for the same parameters in the same order.
+        """
+
+    def after_step(self, step: int, total: int) -> None:
+        """Called on every rank after the optimizer's step, numbered from 0."""
 
 
 def read_tensors(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from vlm_adapt.adapt import METHODS
 from vlm_adapt.adapt.method import Method, make_method
+from vlm_adapt.adapt.place import Place
 from vlm_adapt.config.schema import Adapt
 from vlm_adapt.errors import UserError
 
@@ -70,6 +71,11 @@ class Plan:
                     "method": ", ".join(labels) or "frozen",
                     "trainable": counts[True],
                     "frozen": counts[False],
+                    "bytes": sum(
+                        item.method.bytes_stored()
+                        for item in self.attached
+                        if item.where == name and item.trains
+                    ),
                 }
             )
         return rows
@@ -103,15 +109,16 @@ def apply_plan(
         lines += [line for line in stage if not any(_same(line, known) for known in lines)]
     current = stages[-1] if stages else ()
     attached: list[Attached] = []
-    for line in sorted(lines, key=lambda line: line.method == "full"):
-        method = make_method(METHODS, line.method, line.options)
-        method.attach(parts[line.where], (unused or {}).get(line.where, set()))
+    made = [(line, make_line(line)) for line in lines]
+    for line, method in sorted(made, key=lambda pair: pair[1].order):
+        idle = (unused or {}).get(line.where, set())
+        method.attach(Place(line.where, parts[line.where], idle, line.blocks))
         number = sum(item.where == line.where and item.method.name == line.method for item in attached)
         label = f"{line.where}-{line.method}" + (f"-{number + 1}" if number else "")
         now = next((item for item in current if _same(item, line)), None)
         rate = now.learning_rate if now else None
         attached.append(Attached(label, line.where, method, rate, now is not None))
-    _check_full_alone(attached)
+    _check_together(attached)
     for part in parts.values():
         part.requires_grad_(False)
     for item in attached:
@@ -124,6 +131,20 @@ def apply_plan(
     return Plan(attached, parts)
 
 
+def make_line(line: Adapt) -> Method:
+    """The method of a plan's line, not yet attached.
+
+    Raises:
+        UserError: it is unknown, refuses its settings, or is not for this side.
+    """
+    method = make_method(METHODS, line.method, line.options)
+    if line.where not in method.sides:
+        raise UserError(
+            f"adapt: method '{line.method}' is for {' and '.join(method.sides)}, not for '{line.where}'"
+        )
+    return method
+
+
 def check_plan(stages: Sequence[Sequence[Adapt]]) -> None:
     """Make and forget every method, so that a setting none can have is told before a model is loaded.
 
@@ -131,18 +152,26 @@ def check_plan(stages: Sequence[Sequence[Adapt]]) -> None:
         UserError: a method is unknown or refuses its settings.
     """
     for line in (line for stage in stages for line in stage):
-        make_method(METHODS, line.method, line.options)
+        make_line(line)
 
 
 def _same(first: Adapt, second: Adapt) -> bool:
-    return (first.method, first.where, first.options) == (second.method, second.where, second.options)
+    keys = ("method", "where", "blocks", "options")
+    return all(getattr(first, key) == getattr(second, key) for key in keys)
 
 
-def _check_full_alone(attached: Sequence[Attached]) -> None:
+def _check_together(attached: Sequence[Attached]) -> None:
+    owners: dict[int, Attached] = {}
     for item in attached:
         others = [other for other in attached if other.where == item.where and other is not item]
-        if item.method.name == "full" and others:
+        if item.method.alone and others:
             raise UserError(
-                f"adapt: '{item.where}' has 'full' and '{others[0].method.name}' together: "
-                "full fine-tuning already trains every weight there; choose one"
+                f"adapt: '{item.where}' has '{item.method.name}' and '{others[0].method.name}' together: "
+                f"{item.method.name} already trains every weight there; choose one"
             )
+        for key, parameter in item.method.parameters.items():
+            first = owners.setdefault(id(parameter), item)
+            if first is not item:
+                raise UserError(
+                    f"adapt: '{first.label}' and '{item.label}' both train '{key}': leave it to one of them"
+                )

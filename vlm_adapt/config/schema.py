@@ -71,6 +71,10 @@ class Adapt(OpenSection):
 
     method: str
     where: Literal["vision", "connector", "language"]
+    blocks: int | str | tuple[int, ...] | None = Field(
+        None, description='only these: a number, a list, or a slice such as "-4:"'
+    )
+    start: str | None = Field(None, description="a checkpoint whose module of this method it begins from")
     learning_rate: float | None = Field(None, gt=0)
 
 

@@ -48,6 +48,7 @@ class Assembled:
         """Apply the plan of the stages so far; the last one's methods train."""
         unused = {"vision": set(self.model.vision.unused_modules(self.model.layers))}
         self.plan = apply_plan(self.model.parts(), stages, unused)
+        self.model.penalties = [item.method.penalty for item in self.plan.attached if item.trains]
         return self.plan
 
     def reader(self, sources: Sequence[Source], seed: int, data: Data) -> Reader:

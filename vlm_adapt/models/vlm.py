@@ -5,7 +5,7 @@ Knows the order of the road; knows nothing about files, adaptation methods or en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class VisionLanguageModel(nn.Module):
         self.layers, self.state_size = tuple(layers), state_size
         self.objective = "language"
         self.feature_cache: FeatureCache | None = None  # for stages in which the tower is frozen
+        self.penalties: list[Callable[[], Tensor | None]] = []  # of the methods that train
         self.stop_ids: set[int] = set()  # tokens at which an answer ends
         self.compute_dtype = next(language.parameters()).dtype
         self.state_projector = (
@@ -109,7 +110,12 @@ class VisionLanguageModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over targets of the stage's loss (float32 scalar), and each target's own [N], detached."""
-        return OBJECTIVES.load(self.objective)(self, batch)
+        total, losses_N = OBJECTIVES.load(self.objective)(self, batch)
+        for penalty in self.penalties:
+            # The sum is divided by the tokens of the whole step: so a penalty counts once in it.
+            value = penalty()
+            total = total if value is None else total + value * len(losses_N)
+        return total, losses_N
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from vlm_adapt.config.schema import Train
 from vlm_adapt.errors import UserError
 from vlm_adapt.train.optim import Group, parameter_groups
 
+Gradient = Callable[[nn.Parameter], Tensor | None]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NAMES = [f"zero{stage}{more}" for stage in range(4) for more in ("", "_offload") if stage or not more]
 
@@ -124,8 +125,11 @@ class Engine:
         self.engine.backward(loss_sum * (dist.world_size() / max(1.0, divisor)), scale_wrt_gas=False)
         return float(loss_sum.detach()), losses_N
 
-    def step(self, factor: float, boundary: bool) -> float:
+    def step(self, factor: float, boundary: bool, before: Callable[[Gradient], None] | None = None) -> float:
         """After a microbatch: at the last one, clip, update and clear the gradients.
+
+        Args:
+            before: called at the last one with the way to a parameter's whole gradient.
 
         Returns:
             The gradient norm before clipping (0.0 before the boundary).
@@ -139,10 +143,21 @@ class Engine:
                     p.grad for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None
                 ]
                 norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+            if before is not None:
+                before(self._gradient)
         self.engine.step()
         if boundary and self.stage:
             norm = float(self.engine.get_global_grad_norm())
         return norm
+
+    def _gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The whole gradient of a parameter before the step, averaged over ranks; all ranks call it."""
+        if self.stage == 0:
+            return parameter.grad
+        from deepspeed.utils import safe_get_full_grad
+
+        found: Tensor | None = safe_get_full_grad(parameter)
+        return found
 
     def rates(self) -> dict[str, float]:
         """The learning rate of each part at the last step."""

@@ -29,7 +29,7 @@ from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.train import checkpoint
 from vlm_adapt.train.budget import Budget
 from vlm_adapt.train.contract import Contract
-from vlm_adapt.train.engine import Engine
+from vlm_adapt.train.engine import Engine, Gradient
 from vlm_adapt.train.feed import build_feed
 from vlm_adapt.train.journal import Journal
 from vlm_adapt.train.optim import rate_factor
@@ -86,6 +86,7 @@ class StageLoop:
             assembled.model.set_activation_checkpointing(True)
         calibrate(assembled, reader, feed.plan)
         assert assembled.plan is not None
+        self.methods = [item.method for item in assembled.plan.attached if item.trains]
         groups = assembled.plan.groups(train.learning_rate)
         declared = [pair for _, _, pairs in groups for pair in pairs]
         self.contract = Contract(assembled.model, declared)
@@ -162,8 +163,11 @@ class StageLoop:
             last = number == len(step.batches) - 1
             part, _ = engine.forward_backward(batch.to(engine.device), learned)
             loss_sum += part
-            norm = engine.step(rate_factor(totals.stage_step, self.total, train), boundary=last) or norm
+            factor = rate_factor(totals.stage_step, self.total, train)
+            norm = engine.step(factor, last, partial(self._before_update, totals.stage_step)) or norm
         self.contract.after_step()
+        for method in self.methods:
+            method.after_step(totals.stage_step, self.total)
         # 4 account
         self.cursor = step.cursor
         loss = dist.total([loss_sum])[0] / max(1.0, learned)
@@ -194,6 +198,10 @@ class StageLoop:
         if len(self.budget.names) > 1:
             line["sources"] = self.budget.shares()
         return line, bool(stop)
+
+    def _before_update(self, step: int, gradient: Gradient) -> None:
+        for method in self.methods:
+            method.before_step(step, self.total, gradient)
 
     def _check(self, loss: float, norm: float) -> None:
         """Stop a run that can come to nothing. Every rank sees the same numbers, so all stop together."""
