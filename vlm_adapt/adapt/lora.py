@@ -42,6 +42,7 @@ class Lora(Method):
     paper = "Hu et al. 2021, arXiv 2106.09685"
     order = 1
     mergeable = True
+    example = {"r": 4}
     file_name = "adapter_model.safetensors"
 
     def __init__(

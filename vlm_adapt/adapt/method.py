@@ -41,6 +41,8 @@ class Method:
             A lower one goes first, so that names do not depend on the order of the plan's lines.
         mergeable: whether `merge` can fold it into the base's weights.
         alone: whether it can share its part with no other method.
+        identity: whether the part computes, right after `attach`, exactly what it did before.
+        example: settings that fit a very small model; the grid of tests and the benchmark take them.
         part: what it is attached to.
         parameters: file key -> parameter, filled by `attach`; what the method trains and saves.
         active: whether it acts; several adapters of one model are switched by it.
@@ -53,6 +55,8 @@ class Method:
     order = 2
     mergeable = False
     alone = False
+    identity = True
+    example: dict[str, Any] = {}  # noqa: RUF012
     file_name = "model.safetensors"
 
     def __init__(self) -> None:
