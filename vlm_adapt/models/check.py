@@ -1,14 +1,12 @@
 """What of a run can be told to be wrong before anything heavy is imported or loaded.
 
-Knows the families' tables and reads the settings of an entry off its source, without importing it;
-knows nothing about what the settings mean. A misspelt name is thus answered at once, not after a model
+Knows the families' tables, and the settings of an entry by its source (about.py); knows nothing about
+what the settings mean. A misspelt name is thus answered at once, not after a model
 has been loaded.
 """
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,10 +19,9 @@ from vlm_adapt.data.shards import expand
 from vlm_adapt.data.tasks.task import make_task
 from vlm_adapt.errors import UserError
 from vlm_adapt.metrics import METRICS
+from vlm_adapt.models.about import settings_of
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.vision import library_of
-
-SUPPLIED = {"self", "widths", "grids", "width_out", "embedding_rms"}  # given by us, not by a configuration
 
 
 def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
@@ -73,41 +70,3 @@ def _check_settings(table: Choices, name: str, given: Iterable[str], where: str)
             from vlm_adapt.adapt.method import make_method  # asks the library behind it: slow, and rare
 
             make_method(table, name, {key: None})
-
-
-def settings_of(entry: str) -> tuple[list[str], bool]:
-    """The settings of a class `"module:Class"`, those of its parents included.
-
-    Returns:
-        (names in order, whether it takes others too and hands them to a library)
-    """
-    module, _, name = entry.partition(":")
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        return [], False
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    kind = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
-    if kind is None:
-        return [], False
-    names: list[str] = []
-    hands_on = False
-    for node in kind.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            names = [one.arg for one in arguments if one.arg not in SUPPLIED]
-            hands_on = node.args.kwarg is not None
-    homes = {
-        alias.asname or alias.name: f"{node.module}:{alias.name}"
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlm_adapt.")
-        for alias in node.names
-    }
-    inherited: list[str] = []
-    for base in kind.bases:
-        home = homes.get(base.id, f"{module}:{base.id}") if isinstance(base, ast.Name) else ""
-        inherited += settings_of(home)[0] if home else []
-    own_init = any(isinstance(node, ast.FunctionDef) and node.name == "__init__" for node in kind.body)
-    if own_init and not hands_on:
-        return names, False
-    # What `**more` takes goes to the parents where they have settings, else to a library.
-    return list(dict.fromkeys(names + inherited)), hands_on and not inherited
