@@ -23,7 +23,6 @@ from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 
 Gathered = Mapping[str, Tensor]
-EVERYWHERE = ("vision", "connector", "language")
 
 
 class Method:
@@ -51,7 +50,7 @@ class Method:
     name: str
     summary = ""
     paper = ""
-    sides: tuple[str, ...] = EVERYWHERE
+    sides: tuple[str, ...] = ("vision", "connector", "language")
     order = 2
     mergeable = False
     alone = False

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from vlm_adapt import __version__, dist, exits
+from vlm_adapt.cli.adapt import adapt
 from vlm_adapt.cli.common import STYLE, Checkpoint, Config, Overrides, checked_run, checkpoint_folder
 from vlm_adapt.cli.scores import scores
 from vlm_adapt.cli.shards import shards
@@ -21,6 +22,7 @@ from vlm_adapt.cli.weights import weights
 from vlm_adapt.errors import UserError
 
 app = typer.Typer(help="Adapt large vision-language models: train, evaluate, chat.", **STYLE)
+app.add_typer(adapt, name="adapt")
 app.add_typer(shards, name="shards")
 app.add_typer(weights, name="weights")
 

@@ -6,6 +6,7 @@ Knows which part comes from where; knows nothing about training or files of a ru
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,11 @@ class Assembled:
 
 @quiet()
 def build(
-    config: Model, dtype: torch.dtype, seed: int = 0, tokenizer_folder: Path | None = None
+    config: Model,
+    dtype: torch.dtype,
+    seed: int = 0,
+    tokenizer_folder: Path | None = None,
+    empty: bool = False,
 ) -> Assembled:
     """Tower, connector and language, with tokenizer, template and encoder.
 
@@ -79,40 +84,47 @@ def build(
         dtype: of every weight and of the computation; what trains is raised to float32 by the plan.
         seed: of the connector's initial weights (and of adapters attached right after).
         tokenizer_folder: a checkpoint's own tokenizer.
+        empty: shapes without values (torch's meta device): no weights are read or held.
 
     Raises:
         UserError: a part cannot be found or built.
     """
     language_path = _folder(config.language.model)
     tokenizer = load_tokenizer(tokenizer_folder or language_path)
-    language_weights = config.language.weights
+    language_weights = "random:" if empty else config.language.weights
     if language_weights.startswith(("package:", "file:")):
         language_weights = f"file:{weights.resolve(language_weights)}"
-    language = load_language(language_path, language_weights, config.language.attention, dtype)
+    place = torch.device("meta") if empty else nullcontext()
+    with place:
+        language = load_language(language_path, language_weights, config.language.attention, dtype)
 
     vision = config.vision
-    local = None
-    if vision.weights.startswith(("package:", "file:")):
+    vision_weights, local = "random:" if empty else vision.weights, None
+    if vision_weights.startswith(("package:", "file:")):
         resolved = weights.resolve(vision.weights)
         assert resolved is not None
         local = resolved if vision.model.startswith("hf:") else weights.tensors_file(resolved)
-    tower = build_tower(vision.model, vision.weights, vision.image_size, dtype, local, vision.options)
+    with place:
+        tower = build_tower(vision.model, vision_weights, vision.image_size, dtype, local, vision.options)
 
     torch.manual_seed(seed)
-    connector = build_connector(
-        config.connector.name,
-        tower.widths(vision.layers),
-        tower.grids(vision.layers),
-        language.width,
-        embedding_rms=language.embedding_rms(),
-        **config.connector.options,
-    ).to(dtype)
+    with place:
+        connector = build_connector(
+            config.connector.name,
+            tower.widths(vision.layers),
+            tower.grids(vision.layers),
+            language.width,
+            embedding_rms=language.embedding_rms(),
+            **config.connector.options,
+        ).to(dtype)
     native = tower.image_spec.native
     if native is not None:
         connector.check_varied(native.drops, native.pooled)
         native = replace(native, multiple=connector.multiple, tokens=connector.token_count)
         tower.image_spec = replace(tower.image_spec, native=native)
-    model = VisionLanguageModel(tower, connector, language, vision.layers, config.state_size).to(dtype).eval()
+    with place:
+        model = VisionLanguageModel(tower, connector, language, vision.layers, config.state_size)
+    model = model.to(dtype).eval()
 
     prefix_lm = config.language.prefix_lm
     template = choose_template(config.language.template, tokenizer, language.seq2seq, prefix_lm)

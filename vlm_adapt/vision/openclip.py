@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.model import resize_pos_embed
 from open_clip.pretrained import get_pretrained_cfg
 from open_clip.timm_model import TimmModel
@@ -93,6 +94,7 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
             require_pretrained=source.kind == "hub",
             pretrained_text=False,
             force_image_size=None if resize_later else image_size,
+            device=torch.get_default_device(),
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise unreachable(f"open_clip:{name}", error) from error
