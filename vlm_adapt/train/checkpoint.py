@@ -76,6 +76,7 @@ def save(
         try:
             for item in assembled.plan.attached:  # type: ignore[union-attr]
                 item.method.save(temporary / item.label, trained[item.label])  # type: ignore[arg-type]
+                item.method.save_latent(temporary / item.label, trained[item.label])  # type: ignore[arg-type]
             assembled.tokenizer.save_pretrained(temporary / "tokenizer")
             save_file(moments, temporary / "optimizer.safetensors")
             if statistics := connector_statistics(assembled):
