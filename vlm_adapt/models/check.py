@@ -20,7 +20,9 @@ from vlm_adapt.data.tasks.task import make_task
 from vlm_adapt.errors import UserError
 from vlm_adapt.metrics import METRICS
 from vlm_adapt.models.about import settings_of
+from vlm_adapt.models.locate import LATEST
 from vlm_adapt.models.objectives import OBJECTIVES
+from vlm_adapt.models.start import check_starts
 from vlm_adapt.vision import library_of
 
 
@@ -42,7 +44,8 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
         weights.PACKAGES.check(run.model.language.model.removeprefix("package:"))
     connector = run.model.connector
     _check_settings(CONNECTORS, connector.name, connector.options, "model.connector")
-    for _, stage in run.stage_runs():
+    stages = run.stage_runs()
+    for _, stage in stages:
         for number, line in enumerate(stage.adapt):
             _check_settings(METHODS, line.method, line.options, f"adapt.{number}")
         OBJECTIVES.check(stage.train.objective)
@@ -56,6 +59,8 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
                 raise UserError(
                     f"keep: there is no file '{source.keep.scores}'; `vlm-adapt scores CHECKPOINT` writes it"
                 )
+    if train and not (Path(run.output_dir) / LATEST).is_file():  # a run that goes on needs no start
+        check_starts([stage.adapt for _, stage in stages])
 
 
 def _check_settings(table: Choices, name: str, given: Iterable[str], where: str) -> None:

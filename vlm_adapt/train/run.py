@@ -24,6 +24,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.files import write_scores
 from vlm_adapt.models.build import Assembled, build, compute_dtype
 from vlm_adapt.models.restore import LATEST, load_trained, read_checkpoint
+from vlm_adapt.models.start import begin_from
 from vlm_adapt.train import checkpoint
 from vlm_adapt.train.budget import FILE as REFUSED
 from vlm_adapt.train.engine import zero_settings
@@ -120,6 +121,9 @@ def _stages(
             load_trained(assembled, folder)
         table = plan.table()
         resume = (found[0], found[1]) if found and found[0]["stage"] == totals.stage else None
+        if resume is None:
+            for line in begin_from(assembled, [one.adapt for _, one in stages[: totals.stage + 1]], folder):
+                say(line)
         loop = StageLoop(run, name, stage_run, assembled, totals, journal, signals, resume)
         if not begun:
             begin()
