@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import rows
 import tiny
 import torch
+from grid import ABOUT, GRID, LENGTH, METHODS, batch_of, beside, built, forced, item_of, learn, trains
 
-from vlm_adapt.adapt import METHODS
 from vlm_adapt.config.schema import Adapt
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.language import Generation
-from vlm_adapt.models.about import constants_of
 from vlm_adapt.train.contract import checksum
-
-torch.set_num_threads(1)
-ABOUT = {name: constants_of(METHODS[name]) for name in METHODS}
-GRID = [(name, side) for name in METHODS for side in ABOUT[name]["sides"]]
-LENGTH = 5
 
 
 @pytest.fixture(scope="module")
@@ -36,56 +28,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.vit(folder / "vit")
     tiny.llama(folder / "llama")
     return folder
-
-
-def built(parts: Path, method: str, side: str, seed: int = 0, **more: Any) -> Any:
-    """A model with one method on one side; the connector trains beside it unless it is the side."""
-    ours = rows.assemble(parts / "vit", parts / "llama", template="bare")
-    line = {"method": method, "where": side, **ABOUT[method]["example"], **more}
-    torch.manual_seed(seed)
-    plain = [line]
-    if not trains(method):
-        plain.append({"method": "full", "where": side})
-    try:
-        ours.adapt([[Adapt.model_validate(one) for one in plain]])
-    except UserError as error:
-        assert "\n" not in str(error)
-        pytest.skip(f"refused in one sentence: {error}")
-    return ours
-
-
-def trains(method: str) -> bool:
-    """Whether it trains something itself (Back Razor does not)."""
-    return bool(ABOUT[method].get("trains", True))
-
-
-def batch_of(ours: Any) -> Any:
-    talks = [["<image>what color is the shape?", "red"], ["no", "yes"], ["is<image>it red?", "no a photo"]]
-    return rows.batch(ours, [rows.conversation(ours, *talk, seed=i) for i, talk in enumerate(talks)])
-
-
-def item_of(ours: Any, method: str) -> Any:
-    return next(item for item in ours.plan.attached if item.method.name == method)
-
-
-def learn(ours: Any, steps: int, optimizer: Any = None) -> Any:
-    """Some steps as the loop takes them; returns the optimizer."""
-    methods = [item.method for item in ours.plan.attached if item.trains]
-    parameters = [p for method in methods for p in method.parameters.values()]
-    optimizer = optimizer or torch.optim.AdamW(parameters, lr=2e-2)
-    ours.model.train()
-    for step in range(steps):
-        batch = batch_of(ours)
-        total, losses = ours.model(batch)
-        (total / len(losses)).backward()
-        for method in methods:
-            method.before_step(step, 100, lambda p: p.grad)
-        optimizer.step()
-        optimizer.zero_grad()
-        for method in methods:
-            method.after_step(step, 100)
-    ours.model.eval()
-    return optimizer
 
 
 @pytest.mark.parametrize(("method", "side"), GRID)
@@ -179,21 +121,6 @@ def test_saves_loads_and_goes_on(parts: Path, tmp_path: Path, method: str, side:
     )
 
 
-def forced(ours: Any, sentence: Any, seed: int, answer: list[int]) -> list[int]:
-    """What the model would choose at each position of `answer`, were it fed the rest."""
-    row = rows.row(ours, sentence, seed, learn=False)
-    start = len(row)
-    for token in answer[:-1]:
-        for name, value in (
-            ("ids", token),
-            ("blocks", int(row.blocks[-1]) + 1),
-            ("branches", 0),
-            ("positions", int(row.positions[-1]) + 1),
-        ):
-            setattr(row, name, np.append(getattr(row, name), value))
-    return ours.model.logits(rows.batch(ours, [row]))[0, start - 1 :].argmax(-1).tolist()
-
-
 @pytest.mark.parametrize(("method", "side"), GRID)
 def test_generation_is_teacher_forcing(parts: Path, method: str, side: str) -> None:
     """A batch of unequal prompts, with and without images, with the key-value cache."""
@@ -261,7 +188,7 @@ def test_bf16_base(parts: Path, method: str, side: str) -> None:
     ours.model.compute_dtype = torch.bfloat16
     line = {"method": method, "where": side, **ABOUT[method]["example"]}
     try:
-        ours.adapt([[Adapt.model_validate(line), *_beside(method, side)]])
+        ours.adapt([[Adapt.model_validate(line), *beside(method, side)]])
     except UserError as error:
         pytest.skip(f"refused in one sentence: {error}")
     with torch.autocast("cpu", torch.bfloat16):
@@ -273,12 +200,6 @@ def test_bf16_base(parts: Path, method: str, side: str) -> None:
     for item in ours.plan.attached:
         for key, parameter in item.method.parameters.items():
             assert parameter.grad is not None and parameter.grad.dtype == torch.float32, key
-
-
-def _beside(method: str, side: str) -> list[Adapt]:
-    if trains(method):
-        return []
-    return [Adapt.model_validate({"method": "full", "where": side})]
 
 
 @pytest.mark.parametrize(("method", "side"), GRID)
@@ -295,7 +216,7 @@ def test_counts_need_no_weights(parts: Path, method: str, side: str) -> None:
     }
     empty = build(Model.model_validate(tree), torch.float32, empty=True)
     line = {"method": method, "where": side, **ABOUT[method]["example"]}
-    plan = empty.adapt([[Adapt.model_validate(line), *_beside(method, side)]])
+    plan = empty.adapt([[Adapt.model_validate(line), *beside(method, side)]])
     assert {p.device.type for p in empty.model.parameters()} == {"meta"}
     for mine, theirs in zip(plan.attached, real.plan.attached, strict=True):
         shapes = {key: tuple(p.shape) for key, p in mine.method.parameters.items()}
