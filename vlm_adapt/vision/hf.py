@@ -113,8 +113,8 @@ class HFTower(Tower):
 
     def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
         hidden_NTD, arguments = self.family.embed(self.model, pixels_NCHW, self.grid)
-        # Class and register tokens come first; the patches are the rest.
-        prefix = hidden_NTD.shape[1] - self.grid[0] * self.grid[1]
+        # Patches come last, after class and register tokens and whatever else a block was given.
+        patches = self.grid[0] * self.grid[1]
         found: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks[: layers[-1] + 1]):
             if self.checkpointing and torch.is_grad_enabled():
@@ -123,7 +123,7 @@ class HFTower(Tower):
                 output = block(hidden_NTD, **arguments)
             hidden_NTD = output[0] if isinstance(output, tuple) else output
             if index in layers:
-                found[index] = hidden_NTD[:, prefix:]
+                found[index] = hidden_NTD[:, hidden_NTD.shape[1] - patches :]
         if self.final_norm and self.depth - 1 in found:
             found[self.depth - 1] = self.model.get_submodule(self.family.norm)(found[self.depth - 1])
         return found

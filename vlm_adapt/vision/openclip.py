@@ -58,7 +58,11 @@ class OpenClipTower(Tower):
         output = self.visual.forward_intermediates(
             pixels_NCHW, indices=layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
         )
-        found = dict(zip(layers, output["image_intermediates"], strict=True))
+        patches = self.grid[0] * self.grid[1]  # the last tokens, whatever a block was given before them
+        found = {
+            layer: tokens_NTD[:, tokens_NTD.shape[1] - patches :]
+            for layer, tokens_NTD in zip(layers, output["image_intermediates"], strict=True)
+        }
         if self.final_norm and self.depth - 1 in found:
             found[self.depth - 1] = self.visual.ln_post(found[self.depth - 1])
         return found

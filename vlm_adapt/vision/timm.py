@@ -67,6 +67,7 @@ class TimmTower(Tower):
         )
         self.trunk: Any = trunk
         self.plain, self.final_norm = plain, final_norm
+        self.tokens = plain and _gives_tokens(trunk, pixels_NCHW)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TimmTower:
@@ -90,11 +91,20 @@ class TimmTower(Tower):
             norm=self.final_norm and not self.plain and self._norms_stages(),
             stop_early=True,
             intermediates_only=True,
+            **({"output_fmt": "NLC"} if self.tokens else {}),
         )
-        found = {
-            layer: features_NDhw.flatten(2).transpose(1, 2)
-            for layer, features_NDhw in zip(layers, maps, strict=True)
-        }
+        if self.tokens:
+            # The last tokens: timm counts class and registers off, not what a block was given besides.
+            patches = self.grid[0] * self.grid[1]
+            found = {
+                layer: tokens_NTD[:, tokens_NTD.shape[1] - patches :]
+                for layer, tokens_NTD in zip(layers, maps, strict=True)
+            }
+        else:
+            found = {
+                layer: features_NDhw.flatten(2).transpose(1, 2)
+                for layer, features_NDhw in zip(layers, maps, strict=True)
+            }
         if self.plain and self.final_norm and self.depth - 1 in found:
             found[self.depth - 1] = self.trunk.norm(found[self.depth - 1])
         return found
@@ -115,6 +125,18 @@ class TimmTower(Tower):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """As in Tower; timm checkpoints a block at a time, or a stage where it has no finer way."""
         self.trunk.set_grad_checkpointing(enabled)
+
+
+def _gives_tokens(trunk: Any, pixels_NCHW: Tensor) -> bool:
+    """Whether a trunk's features can be had as tokens (ViTs), or as maps only (convolutions)."""
+    try:
+        with torch.no_grad():
+            (tokens_NTD,) = trunk.forward_intermediates(
+                pixels_NCHW, indices=[0], stop_early=True, intermediates_only=True, output_fmt="NLC"
+            )
+    except AssertionError:
+        return False
+    return tokens_NTD.ndim == 3
 
 
 def take_off_head(trunk: Any, depth: int, keep_norm: bool = True) -> None:
