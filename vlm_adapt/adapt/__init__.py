@@ -8,6 +8,7 @@ METHODS = Choices(
         "full": "vlm_adapt.adapt.full:Full",
         "last_blocks": "vlm_adapt.adapt.full:LastBlocks",
         "lora": "vlm_adapt.adapt.lora:Lora",
+        "pela": "vlm_adapt.adapt.pela:Pela",
         "image_prompt": "vlm_adapt.adapt.image_prompt:ImagePrompt",
         "visual_prompt": "vlm_adapt.adapt.visual_prompt:VisualPrompt",
     },
