@@ -89,6 +89,7 @@ def apply_plan(
     parts: Mapping[str, nn.Module],
     stages: Sequence[Sequence[Adapt]],
     unused: Mapping[str, set[str]] | None = None,
+    apart: bool = False,
 ) -> Plan:
     """Freeze every part, attach the methods of all stages, and let the last stage's train.
 
@@ -98,15 +99,14 @@ def apply_plan(
         parts: `vision`, `connector`, `language`.
         stages: the lines of each stage so far; equal lines of two stages are one method.
         unused: by part, modules that get no gradient.
+        apart: equal lines are methods of their own, and may share parameters: adapters of several runs.
 
     Raises:
         UserError: a method is unknown or refuses its settings, or nothing would train.
     """
     for part in parts.values():
         part.requires_grad_(False)
-    lines: list[Adapt] = []
-    for stage in stages:
-        lines += [line for line in stage if not any(_same(line, known) for known in lines)]
+    lines = [line for stage in stages for line in stage] if apart else flatten(stages)
     current = stages[-1] if stages else ()
     attached: list[Attached] = []
     made = [(line, make_line(line)) for line in lines]
@@ -118,7 +118,8 @@ def apply_plan(
         now = next((item for item in current if _same(item, line)), None)
         rate = now.learning_rate if now else None
         attached.append(Attached(label, line.where, method, rate, now is not None))
-    _check_together(attached)
+    if not apart:
+        _check_together(attached)
     for part in parts.values():
         part.requires_grad_(False)
     for item in attached:
@@ -129,6 +130,14 @@ def apply_plan(
     if not any(item.trains for item in attached):
         raise UserError("adapt: nothing would train: give the stage at least one method")
     return Plan(attached, parts)
+
+
+def flatten(stages: Sequence[Sequence[Adapt]]) -> list[Adapt]:
+    """The lines of all stages in order; equal lines of two stages are one method."""
+    lines: list[Adapt] = []
+    for stage in stages:
+        lines += [line for line in stage if not any(_same(line, known) for known in lines)]
+    return lines
 
 
 def make_line(line: Adapt) -> Method:

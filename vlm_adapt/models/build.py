@@ -20,6 +20,7 @@ from vlm_adapt.connectors import build_connector
 from vlm_adapt.data.encode import Encoder
 from vlm_adapt.data.reader import Reader
 from vlm_adapt.language.load import choose_template, load_language, load_tokenizer
+from vlm_adapt.models.fingerprint import Fingerprint, fingerprint
 from vlm_adapt.models.vlm import VisionLanguageModel
 from vlm_adapt.quiet import quiet
 from vlm_adapt.template import Template
@@ -34,6 +35,8 @@ class Assembled:
         plan: what of it trains; None before `adapt`.
         stop_ids: tokens at which an answer ends.
         dtype: of frozen weights and of the computation.
+        base: marks of the parts as they were before anything was attached.
+        stages: the plan's lines, stage by stage, as `adapt` was given them.
     """
 
     model: VisionLanguageModel
@@ -44,11 +47,18 @@ class Assembled:
     config: Model
     dtype: torch.dtype
     plan: Plan | None = None
+    base: Fingerprint | None = None
+    stages: Sequence[Sequence[Adapt]] = ()
 
-    def adapt(self, stages: Sequence[Sequence[Adapt]]) -> Plan:
-        """Apply the plan of the stages so far; the last one's methods train."""
+    def adapt(self, stages: Sequence[Sequence[Adapt]], apart: bool = False) -> Plan:
+        """Apply the plan of the stages so far; the last one's methods train.
+
+        Args:
+            apart: equal lines of two stages are two methods (stacked adapters), not one that goes on.
+        """
+        self.stages = stages
         unused = {"vision": set(self.model.vision.unused_modules(self.model.layers))}
-        self.plan = apply_plan(self.model.parts(), stages, unused)
+        self.plan = apply_plan(self.model.parts(), stages, unused, apart)
         self.model.penalties = [item.method.penalty for item in self.plan.attached if item.trains]
         return self.plan
 
@@ -138,7 +148,8 @@ def build(
     )
     stop_ids = _stop_ids(tokenizer, template, language.model)
     model.stop_ids = stop_ids
-    return Assembled(model, tokenizer, template, encoder, stop_ids, config, dtype)
+    base = fingerprint(model, config)
+    return Assembled(model, tokenizer, template, encoder, stop_ids, config, dtype, base=base)
 
 
 def _folder(model: str) -> str | Path:
