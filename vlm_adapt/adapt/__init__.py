@@ -25,5 +25,6 @@ METHODS = Choices(
         "binary_adapter": "vlm_adapt.adapt.binary_adapter:BinaryAdapter",
         "image_prompt": "vlm_adapt.adapt.image_prompt:ImagePrompt",
         "visual_prompt": "vlm_adapt.adapt.visual_prompt:VisualPrompt",
+        "side_tuning": "vlm_adapt.adapt.side_tuning:SideTuning",
     },
 )
