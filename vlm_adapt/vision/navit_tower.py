@@ -83,6 +83,7 @@ class NativeTower(Tower):
             else:
                 output = block(hidden_1TD, layout, **arguments)
             hidden_1TD = output[0] if isinstance(output, tuple) else output
+            layout = layout.fit(hidden_1TD.shape[1])  # a block may have been given more tokens
             if index in wanted:
                 found[index] = layout.patches(hidden_1TD[0])
         if self.depth - 1 in found:

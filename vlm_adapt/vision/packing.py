@@ -10,6 +10,7 @@ images lie in one flat sequence without padding; only attention is told where th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -90,7 +91,7 @@ class Layout:
         order: the images' numbers in the order in which they lie.
         take_T: for each token its place in [prefix tokens, patches in the order of the images].
         patches_T: for each patch, in the order of the images, its place among the tokens.
-        runs: (start, images, tokens of each) for images of one length that lie together.
+        prefix: tokens before an image's patches, those put in later too.
     """
 
     def __init__(
@@ -115,26 +116,61 @@ class Layout:
             starts.append(total)
             total += length
         first = torch.arange(prefix)
-        take = [torch.cat([first, torch.arange(lengths[i]) + starts[i]]) for i in self.order]
-        take_T = torch.cat(take)
+        take_T = torch.cat([torch.cat([first, torch.arange(lengths[i]) + starts[i]]) for i in self.order])
         # The inverse, patches only: prefix tokens are written over by one another, and are not asked for.
         places = torch.empty(total, dtype=torch.long)
         places[take_T] = torch.arange(len(take_T))
-        self.take_T, self.patches_T = take_T.to(self.device), places[prefix:].to(self.device)
-        self.runs: list[tuple[int, int, int]] = []
+        self.take_T, self.patches_T, self.prefix = (
+            take_T.to(self.device),
+            places[prefix:].to(self.device),
+            prefix,
+        )
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(start, images, tokens of each) for images of one length that lie together."""
+        runs: list[tuple[int, int, int]] = []
         start = 0
         for image in self.order:
             length = self.lengths[image]
-            if self.runs and self.runs[-1][2] == length:
-                self.runs[-1] = (self.runs[-1][0], self.runs[-1][1] + 1, length)
+            if runs and runs[-1][2] == length:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, length)
             else:
-                self.runs.append((start, 1, length))
+                runs.append((start, 1, length))
             start += length
+        return runs
 
     def arrange(self, patches_TD: Tensor, prefix_FD: Tensor | None = None) -> Tensor:
         """Patches in the order of the images to tokens as they lie, each image's after its prefix."""
         every = patches_TD if prefix_FD is None else torch.cat([prefix_FD, patches_TD])
         return every[self.take_T]
+
+    def inserted(self, place: int, tokens: int, replace: bool = False) -> Tensor:
+        """Where tokens come from when each image is given more, from its token `place` on.
+
+        They are places in [tokens as they lie, the new ones of each image as the images lie]; with
+        `replace` the new ones stand for as many that were there.
+        """
+        pieces: list[tuple[int, int]] = []
+        start, total = 0, sum(self.lengths)
+        for rank, image in enumerate(self.order):
+            end, new = start + self.lengths[image], total + rank * tokens
+            pieces += [(start, start + place), (new, new + tokens), (start + place + tokens * replace, end)]
+            start = end
+        return torch.cat([torch.arange(*piece) for piece in pieces]).to(self.device)
+
+    def fit(self, total: int) -> Layout:
+        """The layout of the same images in the same order for a sequence of `total` tokens."""
+        tokens = (total - sum(self.lengths)) // len(self.order)  # more, or fewer, before each one's patches
+        if not tokens:
+            return self
+        other = copy(self)
+        for name in ("take_T", "runs", "images_T", "dense", "flex"):
+            other.__dict__.pop(name, None)
+        other.lengths, other.prefix = [length + tokens for length in self.lengths], self.prefix + tokens
+        ranks_I = torch.tensor(self.order, device=self.device).argsort()
+        other.patches_T = self.patches_T + tokens * (ranks_I[self.images_T[self.patches_T]] + 1)
+        return other
 
     def patches(self, tokens_TD: Tensor) -> Tensor:
         """Tokens as they lie to patches in the order of the images."""
@@ -143,9 +179,8 @@ class Layout:
     @cached_property
     def images_T(self) -> Tensor:
         """For each token the image it belongs to."""
-        order = torch.tensor(self.order)
         lengths = torch.tensor([self.lengths[image] for image in self.order])
-        return torch.repeat_interleave(order, lengths).to(self.device)
+        return torch.repeat_interleave(torch.tensor(self.order), lengths).to(self.device)
 
     @cached_property
     def dense(self) -> tuple[Tensor, Tensor, int]:
