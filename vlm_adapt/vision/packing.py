@@ -120,11 +120,8 @@ class Layout:
         # The inverse, patches only: prefix tokens are written over by one another, and are not asked for.
         places = torch.empty(total, dtype=torch.long)
         places[take_T] = torch.arange(len(take_T))
-        self.take_T, self.patches_T, self.prefix = (
-            take_T.to(self.device),
-            places[prefix:].to(self.device),
-            prefix,
-        )
+        self.take_T, self.patches_T = take_T.to(self.device), places[prefix:].to(self.device)
+        self.prefix = prefix
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -146,10 +143,9 @@ class Layout:
         return every[self.take_T]
 
     def inserted(self, place: int, tokens: int, replace: bool = False) -> Tensor:
-        """Where tokens come from when each image is given more, from its token `place` on.
+        """Where tokens come from when each image is given more from its token `place` on (or others there).
 
-        They are places in [tokens as they lie, the new ones of each image as the images lie]; with
-        `replace` the new ones stand for as many that were there.
+        They are places in [tokens as they lie, the new ones of each image as the images lie].
         """
         pieces: list[tuple[int, int]] = []
         start, total = 0, sum(self.lengths)
