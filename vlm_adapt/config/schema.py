@@ -166,7 +166,17 @@ class Data(Section):
 class Train(Section):
     """One stage's optimisation. Rates are per step of the optimizer."""
 
-    objective: str = Field("language", description="what is minimised: language, or embedding to warm up")
+    objective: str = Field(
+        "language", description="what is minimised: language; embedding to warm up; distillation of a teacher"
+    )
+    teacher: str | None = Field(None, description="to distil: a checkpoint, a run's output_dir, or `base`")
+    temperature: float = Field(2.0, gt=0, description="of both logits in distillation")
+    language_weight: float = Field(1.0, ge=0, description="in distillation: of the loss on the data's words")
+    distill_weight: float = Field(1.0, ge=0, description="of T^2 KL(teacher || student)")
+    feature_weight: float = Field(1.0, ge=0, description="of the mean square of the features' difference")
+    distill_features: Literal["connector", "vision"] | None = Field(
+        None, description="which features; None is the connector's, beside `base` the tower's"
+    )
     cache_features: int = Field(0, ge=0, description="images whose features a frozen tower keeps in memory")
     per_device_train_batch_size: int = Field(8, gt=0, description="rows a process and microbatch")
     gradient_accumulation_steps: int = Field(1, gt=0)
@@ -220,6 +230,9 @@ class Run(Section):
     seed: int = 0
     model: Model
     adapt: tuple[Adapt, ...] = (Adapt(method="full", where="connector"),)
+    adapter: str | None = Field(
+        None, description="an adapter or checkpoint to build on: lines that `adapt` repeats go on training"
+    )
     data: Data = Data()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()

@@ -23,6 +23,7 @@ from vlm_adapt.models.about import settings_of
 from vlm_adapt.models.locate import LATEST
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.start import check_starts
+from vlm_adapt.models.teacher import check_teacher
 from vlm_adapt.vision import library_of
 
 
@@ -49,6 +50,7 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
         for number, line in enumerate(stage.adapt):
             _check_settings(METHODS, line.method, line.options, f"adapt.{number}")
         OBJECTIVES.check(stage.train.objective)
+        check_teacher(stage.train, look=train)
         for name in stage.evaluate.metrics:
             METRICS.check(name)
         wanted = (*(stage.data.train if train else ()), *(stage.data.evaluate if evaluate else ()))

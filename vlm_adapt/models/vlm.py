@@ -6,6 +6,7 @@ Knows the order of the road; knows nothing about files, adaptation methods or en
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from vlm_adapt.connectors.packed import PackedFeatures
 from vlm_adapt.data.collate import Batch
 from vlm_adapt.data.patches import Patches
 from vlm_adapt.language.language import Generation, Language, LanguageInput
+from vlm_adapt.language.places import Prompt
 from vlm_adapt.models.feature_cache import FeatureCache
 from vlm_adapt.models.masks import layout
 from vlm_adapt.models.objectives import OBJECTIVES
@@ -45,6 +47,7 @@ class VisionLanguageModel(nn.Module):
         self.vision, self.connector, self.language = tower, connector, language
         self.layers, self.state_size = tuple(layers), state_size
         self.objective = "language"
+        self.teacher: Any = None  # of the objective `distillation`; no module, so that nobody trains it
         self.feature_cache: FeatureCache | None = None  # for stages in which the tower is frozen
         self.penalties: list[Callable[[], Tensor | None]] = []  # of the methods that train
         self.stop_ids: set[int] = set()  # tokens at which an answer ends
@@ -68,9 +71,13 @@ class VisionLanguageModel(nn.Module):
 
     def image_tokens(self, images: Tensor | Patches) -> Tensor:
         """uint8 images [N, C, H, W] -> tokens [N, K, D]; of native sizes -> [U, D], image after image."""
+        return self.connector(self.seen(images))
+
+    def seen(self, images: Tensor | Patches) -> list[Tensor] | PackedFeatures:
+        """As `features`, from what is kept of a frozen tower where it is kept."""
         if self.feature_cache is not None:
-            return self.connector(self.feature_cache(self.features, images))
-        return self.connector(self.features(images))
+            return self.feature_cache(self.features, images)
+        return self.features(images)
 
     def features(self, images: Tensor | Patches) -> list[Tensor] | PackedFeatures:
         """uint8 images [N, C, H, W] -> features_NPD of each layer that the connector reads; or packed."""
@@ -81,32 +88,48 @@ class VisionLanguageModel(nn.Module):
         packed = Packed(pixels_TV, images.places_T, images.grids, images.lengths)
         return PackedFeatures(self.vision(packed, self.layers), *self.vision.shapes(packed))
 
-    def inputs(self, batch: Batch) -> LanguageInput:
-        """Steps 1 to 4: everything before the language."""
+    def inputs(self, batch: Batch, tokens: Tensor | None = None) -> LanguageInput:
+        """Steps 1 to 4: everything before the language. `tokens` are the images', if they are known."""
         embeds_BTD = self.language.embed(batch.ids_BT).to(self.compute_dtype)
-        tokens = self.image_tokens(batch.images)
+        tokens = self.image_tokens(batch.images) if tokens is None else tokens
         embeds_BTD = splice(embeds_BTD, tokens.flatten(0, -2), batch.image_positions_K)
         if self.state_projector is not None:
             states_SF = batch.states_SF
             if not len(states_SF):
                 states_SF = states_SF.new_zeros(1, self.state_size)
             embeds_BTD = splice(embeds_BTD, self.state_projector(states_SF), batch.state_positions_S)
+        embeds_BTD, places = self._prompted(embeds_BTD, batch)
         valid_BT = batch.documents_BT > 0
         if self.language.seq2seq:
+            ids_BU, writers_BW = batch.decoder_ids_BU, batch.writers_BW
             return LanguageInput(
-                embeds_BTD, valid_BT, decoder_ids_BU=batch.decoder_ids_BU, writers_BW=batch.writers_BW
+                embeds_BTD, valid_BT, decoder_ids_BU=ids_BU, writers_BW=writers_BW, places=places
             )
-        texts = layout(batch)
-        if batch.plain:
+        texts = layout(batch, told=bool(places))
+        if batch.plain and not places:
             return LanguageInput(embeds_BTD, valid_BT, writers_BW=batch.writers_BW, layout=texts)
+        positions_BT = batch.positions_BT
+        for places_N in places.values():  # rotary embeddings turn nothing at position 0
+            positions_BT = positions_BT.flatten().index_fill(0, places_N, 0).view_as(positions_BT)
         return LanguageInput(
             embeds_BTD,
             valid_BT,
-            positions_BT=batch.positions_BT,
+            positions_BT=positions_BT,
             branches_BT=batch.branches_BT,
             writers_BW=batch.writers_BW,
             layout=texts,
+            places=places,
         )
+
+    def _prompted(self, embeds_BTD: Tensor, batch: Batch) -> tuple[Tensor, dict[Prompt, Tensor]]:
+        """Soft prompts put in their places, and the places of what goes into the blocks."""
+        shares = self.language.prompts.share(batch.prompt_positions_DP)
+        for prompt, places_N in shares.items():
+            if prompt.embeds:
+                tokens_PD = prompt.make()
+                texts = max(1, len(places_N) // prompt.tokens)
+                embeds_BTD = splice(embeds_BTD, tokens_PD.expand(texts, -1, -1).flatten(0, 1), places_N)
+        return embeds_BTD, {prompt: places_N for prompt, places_N in shares.items() if not prompt.embeds}
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over targets of the stage's loss (float32 scalar), and each target's own [N], detached."""
@@ -129,5 +152,7 @@ class VisionLanguageModel(nn.Module):
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass, in the tower and in the language."""
-        self.vision.set_activation_checkpointing(enabled)
-        self.language.set_activation_checkpointing(enabled)
+        part: Any
+        for part in (self.vision, self.language):
+            # Beside a side network a part keeps nothing, so there is nothing to recompute in it.
+            (part.ladder or part).set_activation_checkpointing(enabled)

@@ -26,6 +26,7 @@ from vlm_adapt.evaluate.run import evaluate
 from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.objectives import OBJECTIVES
+from vlm_adapt.models.teacher import make_teacher
 from vlm_adapt.train import checkpoint
 from vlm_adapt.train.budget import Budget
 from vlm_adapt.train.contract import Contract
@@ -82,6 +83,9 @@ class StageLoop:
         self.selections = {name: kept for name, kept in named if kept is not None}
         self.total = train.max_steps or max(1, round(train.num_train_epochs * self.stream.steps_per_epoch))
         assembled.model.objective = OBJECTIVES.check(train.objective)
+        teacher = assembled.model.teacher = make_teacher(assembled, stage_run)
+        if teacher is not None:
+            teacher.model.to(dist.device())
         if train.gradient_checkpointing:
             assembled.model.set_activation_checkpointing(True)
         calibrate(assembled, reader, feed.plan)

@@ -19,11 +19,11 @@ from typing import Any
 from vlm_adapt import dist
 from vlm_adapt.adapt.plan import check_plan
 from vlm_adapt.config.load import dump
-from vlm_adapt.config.schema import Run, Source
+from vlm_adapt.config.schema import Adapt, Run, Source
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.files import write_scores
 from vlm_adapt.models.build import Assembled, build, compute_dtype
-from vlm_adapt.models.restore import LATEST, load_trained, read_checkpoint
+from vlm_adapt.models.restore import LATEST, find_checkpoint, load_trained, plan_of, read_checkpoint
 from vlm_adapt.models.start import begin_from
 from vlm_adapt.train import checkpoint
 from vlm_adapt.train.budget import FILE as REFUSED
@@ -54,6 +54,8 @@ def train(run: Run, fresh: bool = False) -> int:
         zero_settings(stage.train.deepspeed)
     output = Path(run.output_dir)
     _check_output(output)
+    if run.adapter is not None and not (output / LATEST).is_file():  # a run that goes on needs it no more
+        find_checkpoint(run.adapter)
     dist.start()
     lock = OutputLock(output)
     journal = Journal(output, dist.is_main(), run.train.report_to, output.name)
@@ -112,17 +114,25 @@ def _stages(
     stages = run.stage_runs()
     if folder is not None:
         say(f"going on from {folder} (step {totals.step}, stage '{stages[totals.stage][0]}')")
+    before: list[list[Adapt]] = []  # the plan of the adapter that this run builds on
+    if found is not None:
+        before = plan_of(run, found[0])[: -totals.stage - 1]
+    elif run.adapter is not None:
+        folder = find_checkpoint(run.adapter)
+        before = plan_of(*read_checkpoint(folder))
+        say(f"building on {folder}")
     started, begun = time.monotonic(), False
     while totals.stage < len(stages):
         name, stage_run = stages[totals.stage]
         assembled = build(run.model, compute_dtype(stage_run.train.bf16), run.seed)
-        plan = assembled.adapt([one.adapt for _, one in stages[: totals.stage + 1]])
+        lines = [*before, *(list(one.adapt) for _, one in stages[: totals.stage + 1])]
+        plan = assembled.adapt(lines)
         if folder is not None:
             load_trained(assembled, folder)
         table = plan.table()
         resume = (found[0], found[1]) if found and found[0]["stage"] == totals.stage else None
         if resume is None:
-            for line in begin_from(assembled, [one.adapt for _, one in stages[: totals.stage + 1]], folder):
+            for line in begin_from(assembled, lines, folder):
                 say(line)
         loop = StageLoop(run, name, stage_run, assembled, totals, journal, signals, resume)
         if not begun:
@@ -183,7 +193,7 @@ def find_state(run: Run, output: Path) -> tuple[dict[str, Any], Path] | None:
         return None
     folder = output / pointer.read_text(encoding="utf-8").strip()
     before, state = read_checkpoint(folder)
-    for key in ("model", "adapt", "seed", "stages"):
+    for key in ("model", "adapt", "adapter", "seed", "stages"):
         if getattr(before, key) != getattr(run, key):
             raise UserError(
                 f"'{output}' holds a run with another '{key}': choose another output_dir, or start over "
@@ -245,6 +255,9 @@ def _announce(
             f"  {row['part']:<10} {row['method']:<14} "
             f"trainable {row['trainable']:>13,}  frozen {row['frozen']:>15,}"
         )
+    taught = assembled.model.teacher.notes if assembled.model.teacher else []
+    for note in taught:
+        say(f"  {note}")
     for source, kept in loop.selections.items():
         say(f"  {source}: {kept}")
     write = partial(checkpoint.write_atomically, output / "parts.json", json.dumps(rows, indent=1))
@@ -258,7 +271,7 @@ def _announce(
         dtype=str(assembled.dtype).removeprefix("torch."),
         device=str(loop.engine.device),
         world_size=dist.world_size(),
-        notes=assembled.model.vision.notes,
+        notes=[*assembled.model.vision.notes, *taught],
         selections={source: kept.to_dict() for source, kept in loop.selections.items()},
     )
 
