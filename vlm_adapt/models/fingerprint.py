@@ -1,19 +1,20 @@
 """Which base an adapter belongs to: a short mark of each part, taken before anything is adapted.
 
-Knows parameters, configurations and hashes; knows nothing about files. An adapter on other weights than it was
-trained on answers, but wrongly, and nothing else would tell.
+Knows parameters, configurations and hashes; knows nothing about files. An adapter on other weights than it
+was trained on answers, but wrongly, and nothing else would tell.
 
-The marks name what a part is, not what its library calls things: they are made of shapes, of the numbers in the
-configuration that change what is computed, and of a few values of every weight, all in no order. Values are
-rounded to bfloat16 first, so that a base in float32 and the same in bfloat16 agree. Position tables are left
-out of the values: they are interpolated to the image's size, and other versions of torch round otherwise.
+The marks name what a part is, not what its library calls things: they are made of shapes, of the numbers in
+the configuration that change what is computed, and of a few values of every weight, all in no order. Values
+are rounded to bfloat16 first, so that a base in float32 and the same in bfloat16 agree. Position tables are
+left out of the values: they are interpolated to the image's size, and other versions of torch may round
+otherwise. A connector's weights are those that a seed gives; they count where it was not trained in full.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,8 +45,8 @@ def fingerprint(model: VisionLanguageModel, config: Model) -> Fingerprint:
     """The marks of a model that nothing has been attached to.
 
     Returns:
-        by part: `name`, `config`, and for vision and language `weights` (empty where the weights are drawn at
-        random without a seed, so that no two models share them).
+        by part: `name`, `config` and `weights` (empty where they are drawn at random without a seed, so that
+        no two models share them).
     """
     vision, language, connector = config.vision, config.language, config.connector
     defaults = connector_options(connector.name)
@@ -58,7 +59,11 @@ def fingerprint(model: VisionLanguageModel, config: Model) -> Fingerprint:
             "config": _digest([*_shapes(model.vision), _telling(model.vision)]),
             "weights": "" if vision.weights == "random:" else _digest(_samples(model.vision)),
         },
-        "connector": {"name": connector.name, "config": _digest([json.dumps(plain, sort_keys=True)])},
+        "connector": {
+            "name": connector.name,
+            "config": _digest([json.dumps(plain, sort_keys=True)]),
+            "weights": _digest(_samples(model.parts()["connector"])),
+        },
         "language": {
             "name": _name(language.model, language.weights),
             "config": _digest([*_shapes(model.language), _telling(model.language)]),
@@ -67,13 +72,19 @@ def fingerprint(model: VisionLanguageModel, config: Model) -> Fingerprint:
     }
 
 
-def check_base(wanted: Mapping[str, Mapping[str, str]] | None, here: Fingerprint | None, whose: str) -> None:
+def check_base(
+    wanted: Mapping[str, Mapping[str, str]] | None,
+    here: Fingerprint | None,
+    whose: str,
+    labels: Collection[str] = (),
+) -> None:
     """Refuse what was trained on another base.
 
     Args:
         wanted: as saved with it; None for a checkpoint of a time when none was.
-        here: of the model that it is loaded into; None where no values are there to compare.
+        here: of the model that it is loaded into; empty marks (no values were there) agree with all.
         whose: names it in the sentence.
+        labels: its methods; what a connector was before it was trained in full is no matter.
 
     Raises:
         UserError: with both names, and which part differs in what.
@@ -84,6 +95,8 @@ def check_base(wanted: Mapping[str, Mapping[str, str]] | None, here: Fingerprint
         theirs = wanted.get(part, {})
         for mark, meaning in (("config", "another architecture"), ("weights", "other weights")):
             before, now = theirs.get(mark, ""), ours.get(mark, "")
+            if (part, mark) == ("connector", "weights") and "connector-full" in labels:
+                continue
             if before and now and before != now:
                 name, other = theirs.get("name", "?"), ours["name"]
                 beside = " of the same name, whose files have changed" if name == other else ""

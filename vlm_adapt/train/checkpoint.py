@@ -63,6 +63,8 @@ def save(
     state = state | {
         "format": FORMAT,
         "labels": list(trained),
+        "plan": [[line.model_dump(mode="json") for line in stage] for stage in assembled.stages],
+        "base": assembled.base,
         "optimizer_step": optimizer_step,
         "world_size": dist.world_size(),
     }
