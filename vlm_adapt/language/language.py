@@ -79,6 +79,7 @@ class Language(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
+        self.ladder: nn.Module | None = None  # a side network that keeps activations in its stead
 
     @property
     def config(self) -> Any:

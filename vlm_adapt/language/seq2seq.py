@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 from vlm_adapt.language.causal import block_list
 from vlm_adapt.language.decode import decode
@@ -77,7 +78,9 @@ class Seq2SeqLanguage(Language):
         longest = int(writers_B1.max()) + 1
         places_BU = torch.arange(longest, device=encoded.device)[None] - (longest - 1 - writers_B1)
         ids_BU, valid_BU = ids_BU.gather(1, places_BU.clamp_min(0)), places_BU >= 0
-        state: dict[str, Any] = {"cache": None, "valid_BU": valid_BU.long()}
+        # Without a configuration it grows: a side network keeps its keys and values there too.
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        state: dict[str, Any] = {"cache": cache, "valid_BU": valid_BU.long()}
 
         def read(ids_BU: Tensor) -> Tensor:
             output = self.model.get_decoder()(

@@ -30,6 +30,7 @@ class Tower(nn.Module):
             A wrapper must hand on all positional and keyword arguments.
         block_layers: for each block the layer that it feeds.
         notes: what a user should know of how this tower was made (weights left out, for example).
+        ladder: a side network that keeps activations in the tower's stead; None for none.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Tower(nn.Module):
         self.depth, self.width, self.grid = len(self._widths), self._widths[-1], self._grids[-1]
         self.block_names, self.block_layers = list(block_names), list(block_layers)
         self.notes: list[str] = []
+        self.ladder: nn.Module | None = None
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     # What there is -------------------------------------------------------------------------------
