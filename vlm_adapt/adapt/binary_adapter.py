@@ -6,15 +6,13 @@ Knows places of a block and one-bit layers; knows nothing about architectures.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from vlm_adapt.adapt.adapters import ACTIVATIONS, Adapters, Inserted
 from vlm_adapt.adapt.anatomy import Anatomy
-from vlm_adapt.adapt.method import Gathered, read_tensors
-from vlm_adapt.adapt.one_bit import LATENT, OneBitLinear, bytes_packed, read_packed, save_packed
+from vlm_adapt.adapt.one_bit import OneBitFiles, OneBitLinear
 
 
 class OneBitBottleneck(Inserted):
@@ -47,7 +45,7 @@ class OneBitBottleneck(Inserted):
         return self.up(self.dropout(self.activation(self.down(x_D)))) * self.scale
 
 
-class BinaryAdapter(Adapters):
+class BinaryAdapter(Adapters, OneBitFiles):
     """MLP(LN2 x) + scale Up(relu(Down x)) as AdaptFormer, x the stream before LN2, with one-bit weights.
 
     2 (d b / 8 + 8) bytes a block: 73,920 for a ViT-B with b = 32. The floats behind the bits are written
@@ -84,23 +82,3 @@ class BinaryAdapter(Adapters):
         assert start is not None and found.mlp_end is not None
         mlp.accompany(start, found.mlp_end)
         return {"mlp": mlp}
-
-    def save(self, folder: Path, tensors: Gathered) -> None:
-        """Write bits, means and deviations."""
-        save_packed(folder / self.file_name, tensors)
-
-    def save_latent(self, folder: Path, tensors: Gathered) -> None:
-        """Write the floats."""
-        from safetensors.torch import save_file
-
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / LATENT)
-
-    def read(self, folder: Path) -> dict[str, Tensor]:
-        """The floats where they are; else tensors of two values that give the same weights."""
-        if (folder / LATENT).is_file():
-            return read_tensors(folder / LATENT, self.parameters)
-        return read_packed(folder / self.file_name, self.parameters)
-
-    def bytes_stored(self) -> int:
-        """Bytes of bits, means and deviations."""
-        return bytes_packed(self.parameters.values())

@@ -98,6 +98,7 @@ class BatchNorm(Selective):
 
     name = "batch_norm"
     summary = "weights and biases of batch norms, whose statistics stay frozen"
+    sides = ("vision",)
     paper = "Frankle et al. 2021, arXiv 2003.00152"
     missing = "no batch norms: take norm_tuning or lora"
     wanted = staticmethod(is_batch_norm_weight)
