@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from vlm_adapt.adapt.kept import Kept
 from vlm_adapt.adapt.method import Method
 from vlm_adapt.adapt.place import Place
 from vlm_adapt.errors import UserError
+
+KEPT_BYTES = 2**28  # of the base's values, beside a part that trains in full: enough for any connector
 
 
 class Full(Method):
@@ -16,6 +19,10 @@ class Full(Method):
     summary = "every weight of the part, or of its last blocks with `blocks`"
     order = 0
     alone = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Kept | None = None
 
     def attach(self, place: Place) -> None:
         """Name every used parameter."""
@@ -31,6 +38,26 @@ class Full(Method):
         }
         if not self.parameters:
             raise UserError(f"adapt: '{self.name}' finds nothing to train: this part has no parameters")
+        self._keep()
+
+    def _keep(self) -> None:
+        if sum(p.numel() * p.element_size() for p in self.parameters.values()) <= KEPT_BYTES:
+            self.kept = Kept(self.parameters)
+
+    def set_active(self, active: bool) -> None:
+        """Put the trained values in place, or the base's own.
+
+        Raises:
+            UserError: the part is so large that the base's values were not kept beside it.
+        """
+        if active != self.active and self.kept is None:
+            raise UserError(
+                f"adapt: '{self.name}' cannot be switched: of so large a part the base's own values were "
+                "not kept; open the checkpoint as an adapter (chat --adapter, models.adapters)"
+            )
+        super().set_active(active)
+        if self.kept is not None:
+            self.kept.show(active)
 
 
 class LastBlocks(Full):
@@ -60,3 +87,4 @@ class LastBlocks(Full):
         }
         self.part = place.part
         self.parameters = {name: p for name, p in place.part.named_parameters() if id(p) in parameters}
+        self._keep()

@@ -139,7 +139,11 @@ class Adapters:
         """The base with these adapters attached and loaded, and notes."""
         states = {name: read_checkpoint(self._folders[name]) for name in names}
         lines = [(name, line) for name, known in states.items() for line in flatten(plan_of(*known))]
-        made = replace(self._base, model=shared(self._base.model), encoder=copy.copy(self._base.encoder))
+        made = replace(
+            self._base,
+            model=shared(self._base.model, self._base.tokenizer),
+            encoder=copy.copy(self._base.encoder),
+        )
         plan = made.adapt([[line for _, line in lines]], apart=len(names) > 1)
         owners: dict[int, str] = {}
         shared_parts: dict[str, str] = {}
@@ -155,7 +159,7 @@ class Adapters:
                 self._load(item, self._folders[name] / label, len(names) > 1)
         for name in names:
             load_statistics(made, self._folders[name])
-        if fingerprint(self._base.model, self._base.config) != self._base.base:
+        if fingerprint(base.model, base.config) != base.base:
             raise RuntimeError(f"attaching {names} changed the base's own weights in place")
         made.model.requires_grad_(False).eval()
         return made, [f"{text}: those of {names[-1]} are used" for text in shared_parts.values()]
@@ -172,12 +176,12 @@ class Adapters:
             ) from error
 
 
-def shared(model: nn.Module) -> Any:
-    """A model of new modules around the very weights and buffers of another."""
+def shared(model: nn.Module, *whole: Any) -> Any:
+    """A model of new modules around the very weights and buffers of another (and `whole` things)."""
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in model.parameters()
     }
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    memo |= {id(one): one for one in (*model.buffers(), *whole)}
     return copy.deepcopy(model, memo)
 
 
