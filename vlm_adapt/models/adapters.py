@@ -139,11 +139,8 @@ class Adapters:
         """The base with these adapters attached and loaded, and notes."""
         states = {name: read_checkpoint(self._folders[name]) for name in names}
         lines = [(name, line) for name, known in states.items() for line in flatten(plan_of(*known))]
-        made = replace(
-            self._base,
-            model=shared(self._base.model, self._base.tokenizer),
-            encoder=copy.copy(self._base.encoder),
-        )
+        base = self._base
+        made = replace(base, model=shared(base.model, base.tokenizer), encoder=copy.copy(base.encoder))
         plan = made.adapt([[line for _, line in lines]], apart=len(names) > 1)
         owners: dict[int, str] = {}
         shared_parts: dict[str, str] = {}
