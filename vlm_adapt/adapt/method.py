@@ -45,6 +45,10 @@ class Method:
         part: what it is attached to.
         parameters: file key -> parameter, filled by `attach`; what the method trains and saves.
         active: whether it acts; several adapters of one model are switched by it.
+        adds_tokens: whether its settings may make texts longer, by the two numbers that follow.
+        virtual_tokens: places that it takes at the start of every text while it is active.
+        image_tokens: tokens that it adds to every image while it is active.
+        resized: called when it has become active or inactive and one of these numbers counts.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Method:
     mergeable = False
     alone = False
     identity = True
+    adds_tokens = False
     example: dict[str, Any] = {}  # noqa: RUF012
     file_name = "model.safetensors"
 
@@ -62,6 +67,9 @@ class Method:
         self.part: nn.Module | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.active = True
+        self.virtual_tokens = 0
+        self.image_tokens = 0
+        self.resized: Callable[[], None] = lambda: None
 
     def attach(self, place: Place) -> None:
         """Choose, replace or add layers at `place`; fill `part` and `parameters`.
@@ -110,6 +118,14 @@ class Method:
         own weights keep both and put one or the other in place.
         """
         self.active = active
+        self.resized()
+
+    def check_length(self, max_length: int) -> None:
+        """Told how long texts may be, once it is attached.
+
+        Raises:
+            UserError: it does not work at that length.
+        """
 
     def merge(self) -> None:
         """Fold what was trained into the part's own weights and take the method's modules off.

@@ -3,13 +3,14 @@
 Knows padding, documents of a row and flat positions; knows nothing about models. Pixels stay uint8
 until they are on the device.
 
-    B rows, T positions, N targets, I images, K tokens of all images, S states, U decoder positions
+    B rows, T positions, N targets, I images, K tokens of all images, S states, U decoder positions,
+    D documents of all rows, P places of each for learned vectors
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class Batch:
         image_positions_K: flat positions in [B*T] of the images' tokens; empty when there is none.
         image_lengths_I: how many tokens each image takes; empty when there is none.
         states_SF, state_positions_S: state vectors and their flat positions.
+        prompt_positions_DP: flat positions of each document's places for learned vectors.
         decoder_ids_BU: for encoder-decoders.
         writers_BW: where answers begin after prompts: each branch's last token; -1 where a row has fewer.
         keys: the samples' keys, document after document.
@@ -62,6 +64,7 @@ class Batch:
     keys: tuple[str, ...] = ()
     samples: int = 0
     patches: Patches | None = None
+    prompt_positions_DP: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
 
     @property
     def images(self) -> Tensor | Patches:
@@ -70,12 +73,12 @@ class Batch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for one in fields(self):
+            value = getattr(self, one.name)
             if isinstance(value, Tensor):
-                changed[field.name] = change(value)
+                changed[one.name] = change(value)
             elif isinstance(value, Patches):
-                changed[field.name] = value.each(change)
+                changed[one.name] = value.each(change)
         return replace(self, **changed)
 
     def to(self, device: torch.device) -> Batch:
@@ -115,7 +118,8 @@ def collate(
         length: the least T (packed rows keep one shape, which compilers and GPUs like).
 
     Raises:
-        ValueError: texts of an encoder-decoder cannot share a row.
+        ValueError: texts of an encoder-decoder cannot share a row, or texts were encoded for different
+            prompts.
     """
     texts = [[row] if isinstance(row, Encoded) else list(row) for row in rows]
     if seq2seq and any(len(row) > 1 for row in texts):
@@ -127,7 +131,7 @@ def collate(
     grids["ids"][:] = FILLER_ID
     documents = np.zeros((count, length), np.int64)
     predict_from, targets, images, positions = [], [], [], []
-    states, state_positions, lengths = [], [], []
+    states, state_positions, lengths, prompts = [], [], [], []
     decoder_length = max(
         (len(t.decoder_ids) for row in texts for t in row if t.decoder_ids is not None), default=1
     )
@@ -154,6 +158,7 @@ def collate(
                 lengths.append(taken)
             states.append(text.states)
             state_positions.append(text.state_starts + offset)
+            prompts.append(np.arange(text.prompt_tokens) + offset)
             start = place.stop
     if not images:
         images.append(np.zeros((3, *image_size), np.uint8) if native is None else stand_in(native))
@@ -176,6 +181,7 @@ def collate(
             np.concatenate(states) if states else np.zeros((0, state_size), np.float32)
         ),
         state_positions_S=torch.from_numpy(_joined(state_positions)),
+        prompt_positions_DP=torch.from_numpy(np.stack(prompts) if prompts else np.zeros((0, 0), np.int64)),
         decoder_ids_BU=None if decoder is None else torch.from_numpy(decoder),
         writers_BW=torch.from_numpy(_writers(texts)),
         keys=tuple(text.key for row in texts for text in row),

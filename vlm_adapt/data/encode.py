@@ -38,6 +38,7 @@ class Encoded:
         state_starts: [S] where state tokens sit; `states` [S, F] their values.
         decoder_ids: [U] what the decoder reads; None for causal languages.
         cut: turns and branches left out because the row would be too long.
+        prompt_tokens: so many places at the start are for learned vectors.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Encoded:
     cut: int = 0
     image_lengths: list[int] = field(default_factory=list)
     pixels: list[Any] = field(default_factory=list)
+    prompt_tokens: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -90,6 +92,8 @@ class Encoder:
         seq2seq: cut the sentence at its first learned segment: left to the encoder, right to the decoder.
         start_id: what opens the decoder.
         state_size: length of state vectors; 0 for none.
+        prompt_tokens: places for learned vectors before everything else, the beginning-of-text token
+            included: so peft has them. Every branch sees them; nothing is learned from them.
     """
 
     def __init__(
@@ -100,7 +104,9 @@ class Encoder:
         seq2seq: bool = False,
         start_id: int = 0,
         state_size: int = 0,
+        prompt_tokens: int = 0,
     ):
+        self.prompt_tokens = prompt_tokens
         self.tokenizer, self.tokens_per_image, self.max_length = tokenizer, tokens_per_image, max_length
         self.seq2seq, self.start_id, self.state_size = seq2seq, start_id, state_size
         begin = tokenizer.bos_token_id
@@ -117,6 +123,7 @@ class Encoder:
             self.seq2seq,
             self.start_id,
             self.state_size,
+            self.prompt_tokens,
         )
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
@@ -165,8 +172,9 @@ class Encoder:
         prompt = len(segments)
         if self.seq2seq:
             prompt = next((i for i, s in enumerate(segments) if isinstance(s, Text) and s.learned), prompt)
+        first_causal = segments[0].causal if segments else True
+        row.open(self.prompt_tokens, first_causal)
         if self.begin_id is not None and not _opens_with(segments, self.tokenizer.bos_token):
-            first_causal = segments[0].causal if segments else True
             row.add([self.begin_id], 0, first_causal, learned=False)
         for segment in segments[:prompt]:
             if isinstance(segment, Text):
@@ -221,12 +229,18 @@ class _Row:
         self.decoder_ids: list[int] | None = None
         self.block = 0
         self.last_of: dict[int, int] = {}  # last token of every branch, which predicts the next
+        self.prompt_tokens = 0
+
+    def open(self, prompt_tokens: int, causal: bool) -> None:
+        """Begin with places for learned vectors, which predict nothing: as much is learned without them."""
+        self.add([FILLER_ID] * prompt_tokens, 0, causal, learned=False)
+        self.prompt_tokens = prompt_tokens
 
     def add(self, tokens: Sequence[int], branch: int, causal: bool, learned: bool) -> None:
         for token in tokens:
             here = len(self.ids)
             previous = self.last_of.get(branch, self.last_of.get(0))
-            if learned and previous is not None:
+            if learned and previous is not None and previous >= self.prompt_tokens:
                 self.predict_from.append(previous)
                 self.targets.append(token)
             self.block += causal
@@ -257,6 +271,7 @@ class _Row:
             states=np.array(self.states, np.float32).reshape(len(self.states), state_size),
             decoder_ids=None if self.decoder_ids is None else np.array(self.decoder_ids, whole),
             cut=cut,
+            prompt_tokens=self.prompt_tokens,
         )
 
 

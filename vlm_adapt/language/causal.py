@@ -21,6 +21,7 @@ from vlm_adapt.language.decode import decode
 from vlm_adapt.language.language import Generation, Language, LanguageInput
 from vlm_adapt.language.layout import Layout, additive_mask, near
 from vlm_adapt.language.packing import check_packing
+from vlm_adapt.language.places import renumbered
 
 
 class CausalLanguage(Language):
@@ -106,11 +107,13 @@ class CausalLanguage(Language):
         else:
             dtype = self._shapes(embeds_BTD)[3]
             mask = self._by_kind(lambda window: layout.text_mask(dtype, window), layout.longest)
-        with texts_must_arrive():
+        positions_BT = layout.positions_BT if inputs.positions_BT is None else inputs.positions_BT
+        taken = renumbered(inputs.places, places_N, batch * length) if inputs.places else None
+        with texts_must_arrive(), self.prompts.during(taken):
             hidden_ND = self.decoder(
                 inputs_embeds=(embeds_ND[places_N] if padded else embeds_ND)[None],
                 attention_mask=mask,
-                position_ids=layout.flat(layout.positions_BT)[None],
+                position_ids=layout.flat(positions_BT)[None],
                 use_cache=False,
                 **more,
             ).last_hidden_state[0]
@@ -126,9 +129,10 @@ class CausalLanguage(Language):
             if keys_BK is None:
                 keys_BK = torch.arange(allow_BTT.shape[-1], device=allow_BTT.device)[None]
             mask = self._masks(allow_BTT, keys_BK, keys_BK, inputs.embeds_BTD.dtype)
-        return self.decoder(
-            inputs_embeds=inputs.embeds_BTD, attention_mask=mask, position_ids=positions_BT, **more
-        )
+        with self.prompts.during(inputs.places):
+            return self.decoder(
+                inputs_embeds=inputs.embeds_BTD, attention_mask=mask, position_ids=positions_BT, **more
+            )
 
     def _masks(self, allow_BQK: Tensor, queries_BQ: Tensor, keys_BK: Tensor, dtype: torch.dtype) -> Any:
         """One mask, or one by kind of layer where only some layers see a window of the past.

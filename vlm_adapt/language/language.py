@@ -7,7 +7,7 @@ Knows embeddings, hidden states and the output head; knows nothing about images,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_adapt.language.layout import Layout
 from vlm_adapt.language.loss import cross_entropy
+from vlm_adapt.language.places import Prompt, Prompts
 
 LOGIT_ROWS_AT_ONCE = 4096  # rows of logits held at a time: at 150 k words, 2.4 GB in float32
 
@@ -35,6 +36,7 @@ class LanguageInput:
         branches_BT, writers_BW: for generation: each token's branch, and the positions after which
             answers begin (-1 where a row has fewer).
         layout: where texts lie and who sees whom in them.
+        places: flat places in [B*T] of the prompts that reach into the blocks.
     """
 
     embeds_BTD: Tensor
@@ -45,6 +47,7 @@ class LanguageInput:
     branches_BT: Tensor | None = None
     writers_BW: Tensor | None = None
     layout: Layout | None = None
+    places: Mapping[Prompt, Tensor] | None = None
 
     @property
     def seen_BTT(self) -> Tensor | None:
@@ -71,6 +74,10 @@ class Language(nn.Module):
 
     Args:
         model: an `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+    Attributes:
+        prompts: learned vectors with places of their own in every text.
+        ladder: a side network that keeps activations in the model's stead; None for none.
+        tokenizer: the run's; prompts that start from words ask it.
     """
 
     seq2seq: bool
@@ -79,7 +86,9 @@ class Language(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.ladder: nn.Module | None = None  # a side network that keeps activations in its stead
+        self.ladder: nn.Module | None = None
+        self.prompts = Prompts()
+        self.tokenizer: Any = None
 
     @property
     def config(self) -> Any:
@@ -169,6 +178,7 @@ class Language(nn.Module):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         if enabled:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            kept = {"use_reentrant": False, "context_fn": self.prompts.kept}
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
         else:
             self.model.gradient_checkpointing_disable()

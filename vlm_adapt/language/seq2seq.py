@@ -44,12 +44,13 @@ class Seq2SeqLanguage(Language):
     def hidden(self, inputs: LanguageInput) -> Tensor:
         """Last hidden states of the decoder, [B, U, D], before the head's scale."""
         assert inputs.decoder_ids_BU is not None
-        output = self.model.get_decoder()(
-            input_ids=inputs.decoder_ids_BU,
-            encoder_hidden_states=self._encode(inputs),
-            encoder_attention_mask=inputs.valid_BT.long(),
-            use_cache=False,
-        )
+        with self.prompts.during(inputs.places):
+            output = self.model.get_decoder()(
+                input_ids=inputs.decoder_ids_BU,
+                encoder_hidden_states=self._encode(inputs),
+                encoder_attention_mask=inputs.valid_BT.long(),
+                use_cache=False,
+            )
         return output.last_hidden_state
 
     def logits(self, hidden_D: Tensor) -> Tensor:
@@ -67,7 +68,8 @@ class Seq2SeqLanguage(Language):
             inputs: prompts, padded on either side; `decoder_ids_BU` padded on the right up to
                 `writers_BW`; by default the start token alone.
         """
-        encoded = self._encode(inputs)
+        with self.prompts.during(inputs.places):
+            encoded = self._encode(inputs)
         ids_BU = inputs.decoder_ids_BU
         if ids_BU is None or inputs.writers_BW is None:
             ids_BU = torch.full((len(encoded), 1), self.start_id, device=encoded.device)
@@ -98,4 +100,6 @@ class Seq2SeqLanguage(Language):
             state["valid_BU"] = nn.functional.pad(state["valid_BU"], (0, 1), value=1)
             return read(ids_B[:, None])
 
-        return decode(read(ids_BU), step, settings, stop_ids)
+        with self.prompts.during(inputs.places):
+            first_BV = read(ids_BU)  # keys and values of what the encoder said are kept from here on
+        return decode(first_BV, step, settings, stop_ids)

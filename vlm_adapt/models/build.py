@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from vlm_adapt import weights
-from vlm_adapt.adapt.plan import Plan, apply_plan
+from vlm_adapt.adapt import METHODS
+from vlm_adapt.adapt.method import Method
+from vlm_adapt.adapt.plan import Plan, apply_plan, flatten, make_line
 from vlm_adapt.config.schema import Adapt, Data, Model, Source
 from vlm_adapt.connectors import build_connector
 from vlm_adapt.data.encode import Encoder
 from vlm_adapt.data.reader import Reader
+from vlm_adapt.errors import UserError
 from vlm_adapt.language.load import choose_template, load_language, load_tokenizer
 from vlm_adapt.models.fingerprint import Fingerprint, fingerprint
 from vlm_adapt.models.vlm import VisionLanguageModel
@@ -60,7 +63,30 @@ class Assembled:
         unused = {"vision": set(self.model.vision.unused_modules(self.model.layers))}
         self.plan = apply_plan(self.model.parts(), stages, unused, apart)
         self.model.penalties = [item.method.penalty for item in self.plan.attached if item.trains]
+        for item in self.plan.attached:
+            item.method.resized = self.resize
+        self.resize()
         return self.plan
+
+    def expect(self, stages: Sequence[Sequence[Adapt]]) -> None:
+        """Encode texts as long as under a plan that is not applied, where no weight is there to adapt."""
+        self._resize([make_line(line) for line in flatten(stages) if METHODS.load(line.method).adds_tokens])
+
+    def resize(self) -> None:
+        """Encode texts as long as the active methods make them."""
+        self._resize([item.method for item in self.plan.attached if item.method.active] if self.plan else [])
+
+    def _resize(self, methods: Sequence[Method]) -> None:
+        encoder, image = self.encoder, self.model.connector.tokens_per_image
+        encoder.tokens_per_image = image + sum(method.image_tokens for method in methods)
+        encoder.prompt_tokens = sum(method.virtual_tokens for method in methods)
+        if encoder.prompt_tokens >= encoder.max_length:
+            raise UserError(
+                f"adapt: prompts take {encoder.prompt_tokens} places in every text, of "
+                f"{encoder.max_length} tokens at most: raise model.language.max_length or take fewer"
+            )
+        for method in methods:
+            method.check_length(encoder.max_length)
 
     def reader(self, sources: Sequence[Source], seed: int, data: Data) -> Reader:
         """Samples of these sources, ready for this model."""
@@ -146,6 +172,7 @@ def build(
         start_id=getattr(language, "start_id", 0),
         state_size=config.state_size,
     )
+    language.tokenizer = tokenizer
     stop_ids = _stop_ids(tokenizer, template, language.model)
     model.stop_ids = stop_ids
     base = fingerprint(model, config)

@@ -14,7 +14,7 @@ from vlm_adapt.data.encode import Encoded
 
 @dataclass(frozen=True)
 class Piece:
-    """A token, or all tokens of an image (`id` is None): text, whether it is learned, its place."""
+    """A token, or an image's tokens, or places for learned vectors (`id` is None for both)."""
 
     text: str
     id: int | None
@@ -90,7 +90,10 @@ def parts(row: Encoded, tokenizer: Any, start: int = 0) -> list[Part]:
         if not found or (found[-1].branch, found[-1].how) != (branch, how):
             found.append(Part(branch, how, int(row.positions[place])))
         taken = 1
-        if place in images:
+        if place < row.prompt_tokens:
+            taken = row.prompt_tokens - place
+            piece = Piece(f"<{taken} learned vectors>", None, place=place)
+        elif place in images:
             index, taken = images[place]
             piece = Piece(f"<image {index}: {taken} tokens>", None, place=place)
         elif place in states:
