@@ -16,15 +16,15 @@ from vlm_adapt.adapt.place import Place
 from vlm_adapt.adapt.visual_prompt import free_name
 from vlm_adapt.errors import UserError
 
-STARTS = ("zeros", "normal")
+INITIALS = ("zeros", "normal")
 
 
 class Frame(nn.Module):
     """What is added to the outermost pixels: whole rows above and below, the rest at the sides."""
 
-    def __init__(self, channels: int, size: tuple[int, int], frame: int, start: str, device: torch.device):
+    def __init__(self, channels: int, size: tuple[int, int], frame: int, initial: str, device: torch.device):
         super().__init__()
-        (height, width), draw = size, torch.zeros if start == "zeros" else torch.randn
+        (height, width), draw = size, torch.zeros if initial == "zeros" else torch.randn
         self.top, self.bottom = (nn.Parameter(draw(channels, frame, width, device=device)) for _ in range(2))
         self.left, self.right = (
             nn.Parameter(draw(channels, height - 2 * frame, frame, device=device)) for _ in range(2)
@@ -46,7 +46,7 @@ class ImagePrompt(Method):
 
     Args:
         frame: p, the width in pixels.
-        start: `zeros`, so that training begins where the tower is; or `normal`, N(0, 1) as the paper does.
+        initial: `zeros`, so that training begins where the tower is; or `normal`, N(0, 1) as the paper does.
     """
 
     name = "image_prompt"
@@ -55,16 +55,16 @@ class ImagePrompt(Method):
     sides = ("vision",)
     example = {"frame": 2}  # noqa: RUF012
 
-    def __init__(self, frame: int = 30, start: str = "zeros"):
+    def __init__(self, frame: int = 30, initial: str = "zeros"):
         super().__init__()
         if not isinstance(frame, int) or isinstance(frame, bool) or frame < 1:
             raise UserError(
                 f"adapt: image_prompt takes a whole number of pixels from 1 as frame, not {frame!r}"
             )
-        if start not in STARTS:
-            raise UserError(f"adapt: image_prompt's start is zeros or normal, not {start!r}")
-        self.frame, self.start = frame, start
-        self.identity = start == "zeros"
+        if initial not in INITIALS:
+            raise UserError(f"adapt: image_prompt's initial is zeros or normal, not {initial!r}")
+        self.frame, self.initial = frame, initial
+        self.identity = initial == "zeros"
 
     def attach(self, place: Place) -> None:
         """Hang the frame before the tower.
@@ -87,7 +87,7 @@ class ImagePrompt(Method):
                 f"{spec.size[0]} x {spec.size[1]}: choose at most {(min(spec.size) - 1) // 2}"
             )
         leaf = free_name(part, self.name)
-        frame = Frame(len(spec.mean), spec.size, self.frame, self.start, place.device)
+        frame = Frame(len(spec.mean), spec.size, self.frame, self.initial, place.device)
         part.add_module(leaf, frame)
         self.parameters = {f"{self.name}.{key}": p for key, p in frame.named_parameters()}
 

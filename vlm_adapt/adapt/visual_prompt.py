@@ -98,6 +98,7 @@ class VisualPrompt(Method):
         except CANNOT as error:
             for step in undo:
                 step()
+            self.parameters = {}
             for module in part.modules():
                 if isinstance(module, Prompts) and line in module.line.later:
                     module.line.later.remove(line)
