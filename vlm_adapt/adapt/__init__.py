@@ -30,5 +30,6 @@ METHODS = Choices(
         "image_prompt": "vlm_adapt.adapt.image_prompt:ImagePrompt",
         "visual_prompt": "vlm_adapt.adapt.visual_prompt:VisualPrompt",
         "side_tuning": "vlm_adapt.adapt.side_tuning:SideTuning",
+        "back_razor": "vlm_adapt.adapt.back_razor:BackRazor",
     },
 )

@@ -127,7 +127,7 @@ def apply_plan(
             parameter.requires_grad_(item.trains)
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.float32)
-    if not any(item.trains for item in attached):
+    if not any(item.trains and item.method.parameters for item in attached):
         raise UserError("adapt: nothing would train: give the stage at least one method")
     return Plan(attached, parts)
 
@@ -173,10 +173,12 @@ def _check_together(attached: Sequence[Attached]) -> None:
     owners: dict[int, Attached] = {}
     for item in attached:
         others = [other for other in attached if other.where == item.where and other is not item]
+        others = [other for other in others if getattr(other.method, "trains", True)]
         if item.method.alone and others:
+            why = getattr(item.method, "alone_because", "already trains every weight there")
             raise UserError(
                 f"adapt: '{item.where}' has '{item.method.name}' and '{others[0].method.name}' together: "
-                f"{item.method.name} already trains every weight there; choose one"
+                f"{item.method.name} {why}; choose one"
             )
         for key, parameter in item.method.parameters.items():
             first = owners.setdefault(id(parameter), item)

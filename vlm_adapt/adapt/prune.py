@@ -23,11 +23,14 @@ ROLES: dict[str, tuple[tuple[str, ...], str]] = {
     **{name: ((QUERY,), WIDTH) for name in ("q_proj", "q")},
     **{name: ((KEY,), WIDTH) for name in ("k_proj", "v_proj", "k", "v")},
     **{name: ((WIDTH,), QUERY) for name in ("o_proj", "o", "out_proj", "dense", "attn.c_proj")},
-    **{name: ((INNER,), WIDTH) for name in ("gate_proj", "up_proj", "fc1", "wi", "wi_0", "wi_1", "c_fc")},
-    **{name: ((WIDTH,), INNER) for name in ("down_proj", "fc2", "wo", "mlp.c_proj")},
+    **{name: ((INNER,), WIDTH) for name in ("gate_proj", "up_proj", "fc1", "wi", "wi_0", "wi_1")},
+    **{name: ((INNER,), WIDTH) for name in ("c_fc", "dense_h_to_4h")},
+    **{name: ((WIDTH,), INNER) for name in ("down_proj", "fc2", "wo", "mlp.c_proj", "dense_4h_to_h")},
     **{name: ((QUERY, KEY, KEY), WIDTH) for name in ("qkv_proj", "c_attn")},
     "gate_up_proj": ((INNER, INNER), WIDTH),
+    "query_key_value": ((QUERY, KEY, KEY), WIDTH),  # head by head: see `blocked`
 }
+NORMS = {"q_norm": QUERY, "k_norm": KEY}  # where they span all heads
 
 
 @dataclass
@@ -54,6 +57,17 @@ def matrix(layer: nn.Module) -> Tensor:
     """A linear layer's weight as [out, in] (GPT-2's Conv1D holds [in, out])."""
     weight: Any = layer.weight
     return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
+def blocked(name: str, layer: nn.Module, heads: Heads) -> Tensor:
+    """Numbers of a layer's outputs, all queries first, then all keys, then all values.
+
+    GPT-NeoX holds them as [heads, 3, width of a head].
+    """
+    numbers = torch.arange(matrix(layer).shape[0])
+    if not name.endswith("query_key_value"):
+        return numbers
+    return numbers.view(heads.query, 3, heads.width).transpose(0, 1).flatten()
 
 
 def linear_layers(block: nn.Module) -> Iterable[tuple[str, nn.Module, tuple[tuple[str, ...], str]]]:
@@ -119,7 +133,7 @@ class Kept:
         side_inner: int,
         width: int,
     ):
-        self.block, self.side = block, side
+        self.block, self.side, self.of, self.side_of = block, side, heads, side_heads
         self.sizes = {
             WIDTH: width,
             QUERY: heads.query * heads.width,
@@ -137,9 +151,10 @@ class Kept:
 
     def _importance(self) -> dict[str, Tensor]:
         found = {role: torch.zeros(size, dtype=torch.float64) for role, size in self.sizes.items()}
-        for _, layer, roles in linear_layers(self.block):
+        for name, layer, roles in linear_layers(self.block):
             outputs, inputs = roles
-            pieces = matrix(layer).split(_roles_by_size(layer, roles, self.sizes), 0)
+            sizes = _roles_by_size(layer, roles, self.sizes)
+            pieces = matrix(layer)[blocked(name, layer, self.of)].split(sizes, 0)
             for role, piece in zip(outputs, pieces, strict=True):
                 size = magnitude(piece)
                 found[role] += size.sum(1).cpu()
@@ -152,12 +167,13 @@ class Kept:
         side = dict(self.side.named_modules())
         in_layers = set()
         for name, layer, (outputs, inputs) in linear_layers(self.block):
-            rows = self._fused(outputs)
+            rows = blocked(name, layer, self.of)[self._fused(outputs)]
             target: Any = side[name]
-            matrix(target).copy_(matrix(layer)[rows][:, self.rows[inputs]])
+            places = blocked(name, target, self.side_of)
+            matrix(target)[places] = matrix(layer)[rows][:, self.rows[inputs]].to(target.weight.dtype)
             bias: Any = getattr(layer, "bias", None)
             if bias is not None:
-                target.bias.copy_(bias[rows])
+                target.bias[places] = bias[rows].to(target.bias.dtype)
             in_layers |= {f"{name}.weight", f"{name}.bias"}
         targets = dict(self.side.named_parameters())
         for name, parameter in self.block.named_parameters():
@@ -166,8 +182,9 @@ class Kept:
             if parameter.shape == targets[name].shape:
                 targets[name].copy_(parameter)
                 continue
-            role = next((role for role, size in self.sizes.items() if parameter.shape == (size,)), None)
-            if role is None:
+            fitting = [role for role, size in self.sizes.items() if parameter.shape == (size,)]
+            role = NORMS.get(name.split(".")[-2], fitting[0] if fitting else "")
+            if role not in fitting:
                 raise UserError(f"adapt: side_tuning cannot prune '{name}': say start: random")
             targets[name].copy_(parameter[self.rows[role]])
 

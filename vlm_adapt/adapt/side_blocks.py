@@ -99,6 +99,11 @@ def language_block(block: nn.Module, number: int, cache_slot: int, r: int, devic
     else:
         raise UserError(f"adapt: side_tuning cannot make a {name} {r} times narrower: choose another r")
     part: Any
+    if wanted.width != head_width and getattr(config, "rope_parameters", None):
+        raise UserError(
+            f"adapt: side_tuning with r {r} would make the heads of a {name} narrower than its rotary "
+            f"angles: choose an r that divides its {heads.query} heads"
+        )
     for part in module.modules():
         if hasattr(part, "layer_idx"):
             part.layer_idx = cache_slot

@@ -13,14 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlm_adapt.adapt.ladder import Arguments, Ladder, Rung
+from vlm_adapt.adapt.ladder import Ladder, Rung
 from vlm_adapt.adapt.method import Method
 from vlm_adapt.adapt.place import Place
 from vlm_adapt.adapt.prune import top, width_importance
 from vlm_adapt.adapt.side_blocks import SideBlock, language_block, vision_block
+from vlm_adapt.adapt.side_stacks import (
+    Blocks,
+    T5Arguments,
+    as_is,
+    is_encoder,
+    is_t5,
+    plain,
+    running,
+    stacks_of,
+    width_of,
+)
 from vlm_adapt.errors import UserError
-
-Blocks = list[tuple[int, str, nn.Module]]
 
 
 class SideTuning(Method):
@@ -41,6 +50,7 @@ class SideTuning(Method):
     paper = "Sung et al. 2022, arXiv 2206.06522"
     sides = ("vision", "language")
     alone = True
+    alone_because = "has a side network stand in for all of it, and nothing in it gets a gradient"
     identity = False
     example = {"r": 2}  # noqa: RUF012
 
@@ -61,14 +71,10 @@ class SideTuning(Method):
         """Build the side network and let it listen to the part's blocks."""
         part: Any = place.part
         self.part = part
-        if getattr(part, "ladder", None) is not None:
-            raise UserError(
-                f"adapt: '{place.where}' has a side network already: give it one line of the plan"
-            )
-        every = _running(place)
+        every = running(place)
         chosen = [number for number, _, _ in place.blocks()]
-        stacks = _stacks(part, every) if place.where == "language" else [_plain(place, every)]
-        width = _width(place)
+        stacks = stacks_of(part, every) if place.where == "language" else [plain(place, every)]
+        width = width_of(place)
         if width % self.r or width // self.r < 1:
             raise UserError(
                 f"adapt: side_tuning's r {self.r} does not divide the width {width} of '{place.where}'"
@@ -85,7 +91,10 @@ class SideTuning(Method):
         for stack, ladder_blocks in zip(stacks, made, strict=True):
             holder.append(self._ladder(place, stack, ladder_blocks, channels_D, holder))
         self.ladders = [ladder for ladder in holder if isinstance(ladder, Ladder)]
-        part.ladder = Ladders(self.ladders)
+        if part.ladder is None:
+            part.ladder = Ladders()
+        part.ladder.ladders.extend(self.ladders)  # another adapter's may be there: one of them is active
+        part.ladder.train(part.training)
         if place.where == "vision":
             self._follow_layers(part)
         self.parameters = self._names(stacks)
@@ -129,14 +138,14 @@ class SideTuning(Method):
         channels_D: Tensor | None,
         before: nn.ModuleList,
     ) -> Ladder:
-        width = _width(place)
+        width = width_of(place)
         reduced = width // self.r
-        encoder = place.where == "language" and _is_encoder(place.part, stack[0][2])
+        encoder = place.where == "language" and is_encoder(place.part, stack[0][2])
         translate: Any = None
         if place.where == "language":
-            translate = _as_is
-            if _is_t5(stack[0][2]):
-                translate = _T5Arguments(before[0] if len(before) else None)
+            translate = as_is
+            if is_t5(stack[0][2]):
+                translate = T5Arguments(before[0] if len(before) else None)
         with torch.device(place.device):
             rungs = {
                 number: Rung(width, reduced, block.module, self.temperature, block.kept_heads)
@@ -187,67 +196,17 @@ class SideTuning(Method):
 
 
 class Ladders(nn.Module):
-    """The side networks of a part: one, or an encoder's and a decoder's."""
+    """The side networks of a part: one (or an encoder's and a decoder's) for each of its adapters."""
 
-    def __init__(self, ladders: Sequence[Ladder]):
+    def __init__(self) -> None:
         super().__init__()
-        self.ladders = nn.ModuleList(ladders)
+        self.ladders = nn.ModuleList()
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """As in Ladder."""
         ladder: Any
         for ladder in self.ladders:
             ladder.set_activation_checkpointing(enabled)
-
-
-def _running(place: Place) -> Blocks:
-    """Every block that runs, whatever the plan's line chooses."""
-    return Place(place.where, place.part, place.unused).blocks()
-
-
-def _width(place: Place) -> int:
-    """Channels of the residual stream (the embeddings of some OPTs are narrower)."""
-    part: Any = place.part
-    return int(part.config.hidden_size if place.where == "language" else part.width)
-
-
-def _plain(place: Place, blocks: Blocks) -> Blocks:
-    """The blocks of a plain ViT."""
-    tower: Any = place.part
-    plain = (
-        getattr(getattr(tower, "image_spec", None), "native", None) is None
-        and len(tower.block_names) == tower.depth
-        and len(set(tower.widths(range(tower.depth)))) == 1
-        and len(set(tower.grids(range(tower.depth)))) == 1
-    )
-    if not plain:
-        raise UserError(
-            "adapt: side_tuning on 'vision' takes plain ViTs of one image size, and this tower has stages, "
-            "or images of their own sizes: choose another method (lora, adaptformer)"
-        )
-    return blocks
-
-
-def _stacks(language: Any, blocks: Blocks) -> list[Blocks]:
-    """The blocks of the encoder and those of the decoder, or all of them."""
-    if not language.seq2seq:
-        return [blocks]
-    if not _is_t5(blocks[0][2]):
-        raise UserError(
-            "adapt: side_tuning takes the encoder-decoders of the T5 family, not "
-            f"{type(language.model).__name__}: choose another method"
-        )
-    parts = ([b for b in blocks if _is_encoder(language, b[2])], [b for b in blocks if b[2].is_decoder])
-    return [list(part) for part in parts]
-
-
-def _is_t5(block: Any) -> bool:
-    layers = getattr(block, "layer", None)
-    return isinstance(layers, nn.ModuleList) and hasattr(layers[0], "SelfAttention")
-
-
-def _is_encoder(language: Any, block: Any) -> bool:
-    return bool(language.seq2seq) and not block.is_decoder
 
 
 def _narrow_norm(language: Any, reduced: int, channels_D: Tensor | None) -> nn.Module:
@@ -269,34 +228,6 @@ def _select(layer: nn.Linear, channels_D: Tensor) -> None:
         layer.weight[places, channels_D] = 1
     else:
         layer.weight[channels_D, places] = 1
-
-
-def _as_is(rung: Rung, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Arguments:
-    """A block of the same class takes the same arguments: mask, rotary angles, cache."""
-    dtype = rung.down.weight.dtype
-
-    def fit(value: Any) -> Any:
-        # A mask must have the queries' dtype. One that knows more than its values is left as it is.
-        mask = type(value) is Tensor and value.ndim == 4 and value.is_floating_point()
-        return value.to(dtype) if mask and not torch.is_autocast_enabled(value.device.type) else value
-
-    return tuple(fit(value) for value in args[1:]), {name: fit(value) for name, value in kwargs.items()}
-
-
-class _T5Arguments:
-    """T5's blocks hand distances on by head, and the decoder's read the encoder."""
-
-    def __init__(self, encoder: Any):
-        self.encoders = [encoder]  # in a list, so that it is no part of anything else
-
-    def __call__(self, rung: Rung, args: Any, kwargs: dict[str, Any], output: Any) -> Arguments:
-        """(hidden, mask, distances, encoder's states, their mask, distances to them) of the side block."""
-        args, kwargs = _as_is(rung, args, kwargs, output)
-        mask, _, states, states_mask = (*args, None, None, None, None)[:4]
-        distances = output[1][:, list(rung.heads)] if output[1] is not None else None
-        if states is not None and self.encoders[0] is not None:
-            states = self.encoders[0].result
-        return (mask, distances, states, states_mask, None), kwargs
 
 
 __all__ = ["Ladders", "SideTuning"]
