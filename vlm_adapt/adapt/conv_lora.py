@@ -26,7 +26,7 @@ class ConvolutionUpdate(Added):
     """(B A) read as the weight's shape, times a scale."""
 
     def __init__(self, shape: tuple[int, ...], scale: float):
-        super().__init__()
+        super().__init__("conv_lora")
         self.shape, self.scale = shape, scale
 
     def delta(self, module: nn.Module) -> Tensor:
@@ -81,7 +81,7 @@ class ConvLora(Method):
             b = nn.Parameter(torch.zeros(out // convolution.groups * k, self.r * k, device=place.device))
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             change = ConvolutionUpdate((out, within // convolution.groups, k, k), self.scale)
-            add_change(convolution, layer.leaf, "conv_lora", change, {"A": a, "B": b})
+            add_change(convolution, layer.leaf, change, {"A": a, "B": b})
             self.changes.append((layer, change))
             self.parameters |= {f"{layer.name}.lora_A": a, f"{layer.name}.lora_B": b}
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vlm_adapt.adapt.linear_layers import Layer
-from vlm_adapt.adapt.weight_change import Added, add_change, merge_change
+from vlm_adapt.adapt.weight_change import Added, add_change, check_first, merge_change
 from vlm_adapt.errors import UserError
 
 
@@ -99,8 +99,8 @@ class Update(nn.Module):
 class InWeight(Added):
     """An update whose parameters are the layer's own: ZeRO-3 gathers them when the layer is called."""
 
-    def __init__(self, update: Update):
-        super().__init__()
+    def __init__(self, method: str, update: Update):
+        super().__init__(method)
         self.update = update  # for its formula: it is never called
 
     def delta(self, module: nn.Module) -> Tensor:
@@ -112,21 +112,21 @@ class Joined:
     """An update at its layer.
 
     Args:
-        leaf: names the module or the parameters that the layer gets; a number follows where it is taken.
+        method: names the module or the parameters that the layer gets; a number follows where it is taken.
     """
 
-    def __init__(self, layer: Layer, update: Update, leaf: str):
+    def __init__(self, layer: Layer, update: Update, method: str):
         self.layer, self.update = layer, update
         self.change: InWeight | None = None
         self.hook: Any = None
         if not layer.called:
-            self.change = InWeight(update)
-            add_change(layer.module, layer.leaf, leaf, self.change, dict(update.named_parameters()))
+            self.change = InWeight(method, update)
+            add_change(layer.module, layer.leaf, self.change, dict(update.named_parameters()))
             return
-        number, self.leaf = 1, leaf
+        number, self.leaf = 1, method
         while hasattr(layer.module, self.leaf):
             number += 1
-            self.leaf = f"{leaf}_{number}"
+            self.leaf = f"{method}_{number}"
         layer.module.add_module(self.leaf, update)
         self.hook = layer.module.register_forward_hook(_hook(self.leaf))
 
@@ -138,11 +138,16 @@ class Joined:
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add it to the base's own weight, and take it off."""
+        """Add it to the base's own weight, and take it off.
+
+        Raises:
+            UserError: a mask lies on the weight, and must be merged before.
+        """
         layer = self.layer
         if self.change is not None:
             merge_change(layer.module, layer.leaf, self.change)
             return
+        check_first(layer.module, layer.leaf)
         delta = self.update.delta(dict(self.update.named_parameters()))
         layer.weight.copy_(layer.weight.float() + (delta.t() if layer.transposed else delta))
         self.hook.remove()

@@ -45,6 +45,9 @@ class _Masked(torch.autograd.Function):
 class Mask(Change):
     """A weight times its mask."""
 
+    def __init__(self) -> None:
+        super().__init__("piggyback")
+
     def changed(self, module: nn.Module, weight: Tensor) -> Tensor:
         """As in Change."""
         return _Masked.apply(weight, self.parameter(module, "mask"))
@@ -80,7 +83,7 @@ class Piggyback(Method):
         for layer in find_layers(place, self.name, self.targets, LINEAR, CONVOLUTION):
             mask = nn.Parameter(torch.full(layer.weight.shape, START, device=place.device))
             change = Mask()
-            add_change(layer.module, layer.leaf, "piggyback", change, {"mask": mask})
+            add_change(layer.module, layer.leaf, change, {"mask": mask})
             self.changes.append((layer, change))
             self.parameters[f"{layer.name}.mask"] = mask
 

@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_adapt.errors import UserError
+
 
 class Change:
     """One change of one weight. Subclasses give `changed`.
 
     Attributes:
+        method: the name of the method that it belongs to.
         active: whether it acts.
         names: own leaf -> the name that its parameter has in the module.
     """
 
-    def __init__(self) -> None:
-        self.active = True
+    def __init__(self, method: str) -> None:
+        self.method, self.active = method, True
         self.names: dict[str, str] = {}
 
     def parameter(self, module: nn.Module, leaf: str) -> nn.Parameter:
@@ -51,19 +54,17 @@ class Added(Change):
             return (weight.float() + self.delta(module)).to(weight.dtype)
 
 
-def add_change(
-    module: nn.Module, leaf: str, prefix: str, change: Change, parameters: dict[str, nn.Parameter]
-) -> None:
+def add_change(module: nn.Module, leaf: str, change: Change, parameters: dict[str, nn.Parameter]) -> None:
     """Let `module.<leaf>` be what `change` makes of it.
 
     Args:
-        prefix: opens the names of the parameters in the module; a number follows where it is taken.
-        parameters: what trains, by the leaf that `change` knows it by.
+        parameters: what trains, by the leaf that `change` knows it by; in the module the method's name comes
+            before it, with a number where that is taken.
     """
-    number, tried = 1, prefix
+    number, tried = 1, change.method
     while any(f"{tried}_{own}" in module._parameters for own in parameters):
         number += 1
-        tried = f"{prefix}_{number}"
+        tried = f"{change.method}_{number}"
     for own, parameter in parameters.items():
         change.names[own] = f"{tried}_{own}"
         module.register_parameter(change.names[own], parameter)
@@ -92,11 +93,29 @@ def remove_change(module: nn.Module, leaf: str, change: Change) -> None:
 
 @torch.no_grad()
 def merge_change(module: nn.Module, leaf: str, change: Change) -> None:
-    """Put what a change makes of the base's own weight in its place, and take the change off."""
+    """Put what a change makes of the base's own weight in its place, and take the change off.
+
+    Raises:
+        UserError: an earlier change acts on the weight, and the two cannot change places.
+    """
+    check_first(module, leaf, change)
     weight = module._parameters[leaf]
     assert weight is not None
     weight.copy_(change.changed(module, weight.detach()))
     remove_change(module, leaf, change)
+
+
+def check_first(module: nn.Module, leaf: str, change: Change | None = None) -> None:
+    """Raise UserError if a change (None: an update from outside) cannot be folded into the weight yet.
+
+    Sums can be folded in any order, a mask only before what came after it.
+    """
+    held: list[Change] = module.__dict__.get("weight_changes", {}).get(leaf, [])
+    earlier = held[: held.index(change)] if change is not None else held
+    sums = change is None or isinstance(change, Added)
+    for one in earlier:
+        if not (sums and isinstance(one, Added)):
+            raise UserError(f"a layer has a change of its weight below this one: merge '{one.method}' first")
 
 
 def _changed_class(kind: Any, leaf: str) -> Any:
