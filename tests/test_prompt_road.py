@@ -1,0 +1,300 @@
+"""Learned vectors take the one road: packed and padded, branches, masks, caches, chat, lengths."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rows
+import tiny
+import tiny_chat
+import tiny_languages
+import torch
+import transformers
+from grid import forced
+from test_packing import NEAR, alone, run, same, texts
+from test_show import text_of
+
+from vlm_adapt.chat.session import Session
+from vlm_adapt.config.load import validate
+from vlm_adapt.config.schema import Adapt
+from vlm_adapt.data.problems import Account
+from vlm_adapt.errors import UserError
+from vlm_adapt.language.language import Generation
+from vlm_adapt.models.restore import restore
+from vlm_adapt.report.feed import open_feed
+from vlm_adapt.train.feed import build_feed
+
+torch.set_num_threads(1)
+N = 3
+PREFIX = {"method": "prefix_tuning", "where": "language", "num_virtual_tokens": N}
+PROMPT = {"method": "prompt_tuning", "where": "language", "num_virtual_tokens": N}
+ENCODED = {"method": "p_tuning", "where": "language", "num_virtual_tokens": N, "encoder_hidden_size": 6}
+ADDED = {"method": "learned_queries", "where": "connector", "tokens": 2}
+PLANS: dict[str, list[dict[str, Any]]] = {
+    "prompt": [PROMPT],
+    "encoded": [ENCODED],
+    "prefix": [PREFIX],
+    "projected": [PREFIX | {"prefix_projection": True}],
+    "both": [PROMPT, PREFIX | {"num_virtual_tokens": 2}, ADDED],
+}
+SOME = {name: PLANS[name] for name in ("prompt", "prefix", "both")}
+QUESTIONS = ["what color is the shape?", "is the circle red?", "no", "two cats yes yes blue"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    tiny.vit(folder / "vit")
+    tiny.llama(folder / "llama")
+    tiny.t5(folder / "t5")
+    for family in ("gpt2", "gemma2", "qwen3"):
+        tokenizer = tiny.tokenizer(folder / family, bos=family == "gemma2")
+        name, settings = tiny_languages.FAMILIES[family]
+        more: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+        more |= {"n_positions": 256} if family == "gpt2" else {"max_position_embeddings": 256}
+        if family == "gemma2":
+            more["sliding_window"] = 200  # of which a row of several texts is longer, and a text is not
+        config = getattr(transformers, f"{name}Config")(**settings | more)
+        tiny.seeded(transformers.AutoModelForCausalLM.from_config, config).save_pretrained(folder / family)
+    return folder
+
+
+def adapted(parts: Path, language: str, plan: list[dict[str, Any]], **more: Any) -> Any:
+    more = {"max_length": 200, "template": "bare"} | more
+    ours = rows.assemble(parts / "vit", parts / language, **more)
+    torch.manual_seed(3)
+    ours.adapt([[Adapt.model_validate(line) for line in plan]])
+    return ours
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("language", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("prefix_lm", [False, True], ids=["causal", "two-way"])
+def test_packed_and_padded_as_alone(parts: Path, plan: str, language: str, prefix_lm: bool) -> None:
+    """Several texts a row, texts of unequal length padded, images and branches: every text has its own."""
+    ours = adapted(parts, language, PLANS[plan], prefix_lm=prefix_lm)
+    made = texts(ours)
+    want = alone(ours, made)
+    # Every place gets its share of the gradient, of each text.
+    assert all(gradient.abs().max() > 0 for name, gradient in want[1].items() if "prompt_emb" in name)
+    for packed in ([made[:2], made[2:3], made[3:]], made):
+        losses_N, gradients = run(ours, packed)
+        torch.testing.assert_close(losses_N, want[0], **NEAR)
+        same(gradients, want[1])
+
+
+@pytest.mark.parametrize("plan", SOME)
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
+def test_backends_and_checkpointing(parts: Path, plan: str, attention: str) -> None:
+    """One text a row through transformers' eager attention, against all others, kept or computed again."""
+    reference = adapted(parts, "llama", PLANS[plan], attention="eager")
+    made = texts(reference)
+    want = alone(reference, made)
+    ours = adapted(parts, "llama", PLANS[plan], attention=attention)
+    ours.model.train()
+    for enabled in (False, True):
+        ours.model.set_activation_checkpointing(enabled)
+        losses_N, gradients = run(ours, [made[:3], made[3:]], length=256)
+        torch.testing.assert_close(losses_N, want[0], **NEAR)
+        same(gradients, want[1])
+
+
+@pytest.mark.parametrize("plan", SOME)
+def test_checkpointing_of_batches_that_overlap(parts: Path, plan: str) -> None:
+    """A block that is computed again finds the places of its own batch, whatever ran since."""
+    ours = adapted(parts, "llama", PLANS[plan])
+    ours.model.train()
+    made = [rows.batch(ours, [one]) for one in texts(ours)[:2]]
+    made.append(rows.batch(ours, []))
+    wanted = []
+    for enabled in (False, True):
+        ours.model.set_activation_checkpointing(enabled)
+        ours.model.zero_grad()
+        totals = [ours.model(batch)[0] for batch in made]
+        with torch.no_grad():
+            ours.model(made[2])
+        for total in totals:
+            total.backward()
+        wanted.append({n: p.grad for n, p in ours.model.named_parameters() if p.grad is not None})
+    same(wanted[1], wanted[0])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("language", ["llama", "t5"])
+def test_a_row_of_padding_reaches_everything(parts: Path, plan: str, language: str) -> None:
+    """A rank without a share still runs every module that trains, with weight zero."""
+    ours = adapted(parts, language, PLANS[plan])
+    for batch in (rows.batch(ours, []), rows.batch(ours, [], length=9)):
+        ours.model.zero_grad()
+        total, _ = ours.model(batch)
+        total.backward()
+        for item in ours.plan.attached:
+            for name, parameter in item.method.parameters.items():
+                assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("language", ["llama", "gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("prefix_lm", [False, True], ids=["causal", "two-way"])
+def test_greedy_equals_teacher_forcing(parts: Path, plan: str, language: str, prefix_lm: bool) -> None:
+    """Prompts of unequal length with images in one batch, through the cache."""
+    ours = adapted(parts, language, PLANS[plan], prefix_lm=prefix_lm)
+    sentences = [
+        ours.template.conversation(rows.chat("<image>" * (number % 3) + question))
+        for number, question in enumerate(QUESTIONS)
+    ]
+    encoded = [rows.row(ours, sentence, seed, learn=False) for seed, sentence in enumerate(sentences)]
+    answers = ours.model.generate(rows.batch(ours, encoded), Generation(5), set())
+    for seed, (sentence, answer) in enumerate(zip(sentences, answers, strict=True)):
+        assert answer == forced(ours, sentence, seed, answer)
+
+
+@pytest.mark.parametrize("plan", SOME)
+def test_branches_write_what_they_would_alone(parts: Path, plan: str) -> None:
+    """The questions on an image share one prompt, and one cache."""
+    ours = adapted(parts, "llama", PLANS[plan], template="plain")
+    groups = [QUESTIONS, QUESTIONS[:1], QUESTIONS[1:3]]
+    made = [
+        rows.row(ours, ours.template.questions([(q, None) for q in group], images=1), seed, learn=False)
+        for seed, group in enumerate(groups)
+    ]
+    together = iter(ours.model.generate(rows.batch(ours, made), Generation(5), set()))
+    for seed, group in enumerate(groups):
+        for question in group:
+            sentence = ours.template.conversation(rows.chat(f"<image>\n{question}"))
+            answer = next(together)
+            assert answer == forced(ours, sentence, seed, answer)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_encoder_decoder(parts: Path, plan: str) -> None:
+    """Padded prompts: losses as alone, and greedy answers as teacher forcing has them."""
+    ours = adapted(parts, "t5", PLANS[plan])
+    talks = [(f"{'<image>' * (number % 2)}{q}", "red") for number, q in enumerate(QUESTIONS)]
+    made = [rows.conversation(ours, *talk, seed=seed) for seed, talk in enumerate(talks)]
+    want = alone(ours, made)
+    losses_N, gradients = run(ours, made)
+    torch.testing.assert_close(losses_N, want[0], **NEAR)
+    same(gradients, want[1])
+    asked = [rows.conversation(ours, talk[0], seed=seed, learn=False) for seed, talk in enumerate(talks)]
+    batch = rows.batch(ours, asked)
+    answers = ours.model.generate(batch, Generation(5), set())
+    batch.decoder_ids_BU = torch.tensor([[ours.model.language.start_id, *answer[:-1]] for answer in answers])
+    assert ours.model.logits(batch).argmax(-1).tolist() == answers
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_base(parts: Path, plan: str, autocast: bool) -> None:
+    """What trains is float32, the frozen language bf16, with autocast and without."""
+    ours = rows.assemble(parts / "vit", parts / "llama", template="bare")
+    ours.model.to(torch.bfloat16)
+    ours.model.compute_dtype = torch.bfloat16
+    torch.manual_seed(3)
+    ours.adapt([[Adapt.model_validate(line) for line in PLANS[plan]]])
+    reference = adapted(parts, "llama", PLANS[plan])
+    made = texts(ours)
+    losses_N, _ = run(reference, made)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        got_N, gradients = run(ours, [made[:3], made[3:]])
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+    assert (got_N - losses_N).abs().mean() < 0.1  # bf16 keeps 8 bits of logits near 10, and of all before
+
+
+def test_several_prompts_have_places_of_their_own(parts: Path) -> None:
+    """A prefix first, so that prompts see it; each prompt's gradient is that of what lies at its places."""
+    ours = adapted(parts, "llama", PLANS["both"])
+    prompts = ours.model.language.prompts
+    assert [prompt.embeds for prompt in prompts.every] == [False, True]
+    assert ours.encoder.prompt_tokens == 2 + N
+    batch = rows.batch(ours, [texts(ours)[:2], texts(ours)[2:]])
+    shares = list(prompts.share(batch.prompt_positions_DP).values())
+    assert len(shares[0]) == 2 * 5 and len(shares[1]) == N * 5
+    assert (shares[0].view(-1, 2)[:, -1] + 1 == shares[1].view(-1, N)[:, 0]).all()
+    assert batch.positions_BT.flatten()[shares[0]].view(-1, 2).tolist() == [[0, 1]] * 5
+    inputs = ours.model.inputs(batch)
+    assert not inputs.positions_BT.flatten()[shares[0]].any()
+    assert (inputs.positions_BT.flatten()[shares[1]].view(-1, N) == torch.tensor([2, 3, 4])).all()
+    for item in ours.plan.attached:
+        item.method.set_active(False)
+    assert (ours.encoder.prompt_tokens, ours.encoder.tokens_per_image) == (0, 4)
+
+
+def test_as_much_is_learned(parts: Path) -> None:
+    """The same targets with and without, also where the first token of all is learned."""
+    from vlm_adapt.sentence import Sentence, Text
+
+    base = rows.assemble(parts / "vit", parts / "llama")
+    ours = adapted(parts, "llama", PLANS["both"])
+    sentence = Sentence((Text("a photo of cats", learned=True),))
+    rows_of = [one.encoder.encode(sentence, 0, "k") for one in (base, ours)]
+    assert rows_of[0].targets.tolist() == rows_of[1].targets.tolist()
+    assert (rows_of[0].predict_from + 5).tolist() == rows_of[1].predict_from.tolist()
+    assert rows_of[1].plain and len(rows_of[1]) == len(rows_of[0]) + 5
+
+
+def run_of(folder: Path, plan: list[dict[str, Any]], **changes: Any) -> Any:
+    return validate(tiny.run_tree(folder, **({"adapt": plan} | changes)), "x")
+
+
+def test_lengths_agree_everywhere(tmp_path: Path) -> None:
+    """What is measured, packed, shown without weights and trained on is as long."""
+    run = run_of(tmp_path, PLANS["both"], data__batching="packed", model__language__max_length=96)
+    shown = open_feed(run, [str(tmp_path / "train.tar")])
+    from vlm_adapt.models.build import build
+
+    ours = build(run.model, torch.float32)
+    ours.adapt([run.adapt])
+    feed = build_feed(ours, run, run, 0)
+    assert shown.reader.encoder.prompt_tokens == ours.encoder.prompt_tokens == 5
+    bare = build(run.model, torch.float32).reader(run.data.train, run.seed, run.data)
+    for number in range(4):
+        lengths = feed.reader.measure(number, 0, number)
+        account = Account()
+        assert lengths == [len(row) for row in feed.reader.training(number, 0, number, account)]
+        assert lengths == feed.reader.twin().measure(number, 0, number)
+        assert lengths == [len(row) for row in shown.reader.training(number, 0, number, account)]
+        assert lengths == [length + 5 + 2 for length in bare.measure(number, 0, number)]
+    assert "<5 learned vectors>" in text_of(shown, shown.reader.key(0))
+    batch = rows.batch(ours, [feed.reader.training(0, 0, 0, Account())])
+    assert batch.prompt_positions_DP.shape[1] == 5
+
+
+def test_too_many_places_are_told_without_weights(tmp_path: Path) -> None:
+    run = run_of(tmp_path, [PROMPT | {"num_virtual_tokens": 40}], model__language__max_length=40)
+    with pytest.raises(UserError) as caught:
+        open_feed(run, [str(tmp_path / "train.tar")])
+    assert "prompts take 40 places in every text, of 40 tokens at most" in tiny.sentence(caught)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_chat_restores_and_talks(tmp_path: Path, plan: str) -> None:
+    """A checkpoint's vectors are read again, and a session's prompts have their places."""
+    folder = tiny_chat.checkpoint(tmp_path, adapt=PLANS[plan])
+    ours, _, made = restore(folder)
+    torch.manual_seed(7)
+    state = json.loads((made / "state.json").read_text(encoding="utf-8"))
+    for item in ours.plan.attached:
+        values = {key: torch.randn_like(p) for key, p in item.method.parameters.items()}
+        item.method.save(made / item.label, values)
+        state["labels"].append(item.label)
+    (made / "state.json").write_text(json.dumps(state), encoding="utf-8")
+    session = Session.open(folder, settings=Generation(max_new_tokens=6))
+    picture = tiny_chat.picture(tmp_path / "a.png")
+    reply = "".join(session.ask("what color is it?", [picture]))
+    assert session.speed is not None and session.speed.tokens
+    words = session.assembled
+    row, _ = session.history.prompt(6)
+    assert row.prompt_tokens == words.encoder.prompt_tokens
+    again = Session.open(folder, settings=Generation(max_new_tokens=6))
+    assert "".join(again.ask("what color is it?", [picture])) == reply
+    # Other vectors say other things: what was read is what is used.
+    for item in again.assembled.plan.attached:
+        for parameter in item.method.parameters.values():
+            parameter.data.normal_(0, 3)
+    one, two = (rows.batch(s.assembled, [row]) for s in (session, again))
+    row.pixels = session.history.turns[-1].pixels
+    assert (session.assembled.model.logits(one) - again.assembled.model.logits(two)).abs().max() > 1e-3
