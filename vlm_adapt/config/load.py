@@ -18,6 +18,8 @@ from vlm_adapt.choices import nearest
 from vlm_adapt.config.schema import Run, StageError
 from vlm_adapt.errors import UserError
 
+HERE = "${folder}"  # of the file itself: a merged model names its parts by it, and may be moved
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run.
@@ -37,7 +39,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, with `$VARIABLES` of the environment filled in."""
+    """The mapping in a YAML file, with `$VARIABLES` of the environment, and its own `${folder}`, filled in."""
     path = Path(path)
     if not path.is_file():
         near = nearest(
@@ -45,7 +47,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         )
         raise UserError(f"there is no config file '{path}'{near}")
     try:
-        tree = yaml.safe_load(os.path.expandvars(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8").replace(HERE, str(path.parent.absolute()))
+        tree = yaml.safe_load(os.path.expandvars(text))
     except UnicodeDecodeError as error:
         raise UserError(f"'{path}' is not a text file ({error.reason} at byte {error.start})") from error
     except yaml.YAMLError as error:

@@ -20,10 +20,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlm_adapt import __version__
-from vlm_adapt.adapt.plan import Attached, flatten
+from vlm_adapt.adapt.plan import flatten
 from vlm_adapt.config.load import dump
 from vlm_adapt.config.schema import Adapt, Run
 from vlm_adapt.errors import UserError
@@ -64,7 +65,8 @@ def save_adapter(checkpoint: str | Path, target: Path) -> dict[str, Any]:
         copy_beside(folder, temporary)
         lines = flatten(plan_of(run, state))
         about = {"from": f"step {state['step']} of a run"}
-        return write_words(temporary, run, lines, state, assembled.plan.attached, about)
+        labels = [item.label for item in assembled.plan.attached]
+        return write_words(temporary, run, lines, state, labels, about)
 
 
 def read_trained(
@@ -107,7 +109,7 @@ def write_words(
     run: Run,
     lines: Sequence[Adapt],
     state: Mapping[str, Any],
-    attached: Sequence[Attached],
+    labels: Sequence[str],
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write run.yaml, state.json and adapter.json of an adapter whose methods' folders are there."""
@@ -120,7 +122,7 @@ def write_words(
         "format": FORMAT,
         "step": state["step"],
         "stage": 0,
-        "labels": [item.label for item in attached],
+        "labels": list(labels),
         "plan": [[line.model_dump(mode="json") for line in plain]],
         "base": state.get("base"),
     }
@@ -133,17 +135,21 @@ def write_words(
             "train": "vlm-adapt train CONFIG adapter=FOLDER",
         },
         **about,
-        "methods": {
-            item.label: {
-                "method": item.method.name,
-                "numbers": sum(p.numel() for p in item.method.parameters.values()),
-                "bytes": sum(path.stat().st_size for path in (folder / item.label).glob("*")),
-            }
-            for item in attached
-        },
+        "methods": {label: _counts(folder / label) for label in labels},
         "base": {part: marks["name"] for part, marks in (state.get("base") or {}).items()},
         "bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
         "version": __version__,
     }
     (folder / ABOUT).write_text(json.dumps(told, indent=1, ensure_ascii=False), encoding="utf-8")
     return told
+
+
+def _counts(folder: Path) -> dict[str, int]:
+    """Numbers and bytes of a method's folder, read off the files' headers."""
+    from safetensors import safe_open
+
+    numbers = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            numbers += sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())
+    return {"numbers": numbers, "bytes": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())}

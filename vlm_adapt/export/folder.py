@@ -64,6 +64,4 @@ def disk_sentence(error: BaseException, target: Path) -> str:
     if isinstance(error, UserError) or not (isinstance(error, OSError) or from_disk):
         return ""
     reason = getattr(error, "strerror", None) or text
-    return (
-        f"'{target}' cannot be written ({reason}): nothing was left there; free some space or choose another"
-    )
+    return f"'{target}' cannot be written ({reason}): nothing was left there; make room or choose another"

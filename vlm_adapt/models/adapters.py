@@ -144,7 +144,7 @@ class Adapters:
         plan = made.adapt([[line for _, line in lines]], apart=len(names) > 1)
         owners: dict[int, str] = {}
         shared_parts: dict[str, str] = {}
-        for (name, label), item in zip(_labels(lines), plan.attached, strict=True):
+        for (name, label), item in zip(labels_of(lines), plan.attached, strict=True):
             for parameter in item.method.parameters.values():
                 first = owners.setdefault(id(parameter), name)
                 if first != name:
@@ -182,7 +182,7 @@ def shared(model: nn.Module, *whole: Any) -> Any:
     return copy.deepcopy(model, memo)
 
 
-def _labels(lines: Sequence[tuple[str, Adapt]]) -> list[tuple[str, str]]:
+def labels_of(lines: Sequence[tuple[str, Adapt]]) -> list[tuple[str, str]]:
     """(adapter, label in its own folder) of each line, in the order in which a plan attaches them."""
     counts: dict[str, int] = {}
     labels = []
