@@ -29,6 +29,7 @@ METHODS = Choices(
         "prefix_tuning": "vlm_adapt.adapt.prefix_tuning:PrefixTuning",
         "image_prompt": "vlm_adapt.adapt.image_prompt:ImagePrompt",
         "visual_prompt": "vlm_adapt.adapt.visual_prompt:VisualPrompt",
+        "visual_prompt_windows": "vlm_adapt.adapt.visual_prompt_windows:VisualPromptWindows",
         "side_tuning": "vlm_adapt.adapt.side_tuning:SideTuning",
         "back_razor": "vlm_adapt.adapt.back_razor:BackRazor",
     },
