@@ -16,6 +16,7 @@ import typer
 from vlm_adapt import __version__, dist, exits
 from vlm_adapt.cli.adapt import adapt
 from vlm_adapt.cli.common import STYLE, Checkpoint, Config, Overrides, checked_run, checkpoint_folder
+from vlm_adapt.cli.probe import probe
 from vlm_adapt.cli.scores import scores
 from vlm_adapt.cli.shards import shards
 from vlm_adapt.cli.weights import weights
@@ -69,6 +70,7 @@ def evaluate(
 
 
 app.command()(scores)
+app.command()(probe)
 
 
 @app.command()

@@ -93,6 +93,10 @@ def _largest(similar_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def vote(similar_QK: Tensor, labels_QK: Tensor, temperature: float | None = None) -> Tensor:
     """The label with most votes of each row's neighbours, the nearest first."""
+    rows = max(1, VALUES_AT_ONCE // similar_QK.shape[1] ** 2)
+    if len(similar_QK) > rows:
+        pairs = zip(similar_QK.split(rows), labels_QK.split(rows), strict=True)
+        return torch.cat([vote(*pair, temperature) for pair in pairs])
     weights_QK = torch.ones_like(similar_QK) if temperature is None else (similar_QK / temperature).exp()
     same_QKK = labels_QK[:, :, None] == labels_QK[:, None, :]
     votes_QK = (same_QKK * weights_QK[:, None, :]).sum(2)  # of each neighbour's own label

@@ -17,7 +17,7 @@ from vlm_adapt import weights
 from vlm_adapt.adapt import METHODS
 from vlm_adapt.adapt.method import Method
 from vlm_adapt.adapt.plan import Plan, apply_plan, flatten, make_line
-from vlm_adapt.config.schema import Adapt, Data, Model, Source
+from vlm_adapt.config.schema import Adapt, Data, Model, Source, Vision
 from vlm_adapt.connectors import build_connector
 from vlm_adapt.data.encode import Encoder
 from vlm_adapt.data.reader import Reader
@@ -28,6 +28,7 @@ from vlm_adapt.models.vlm import VisionLanguageModel
 from vlm_adapt.quiet import quiet
 from vlm_adapt.template import Template
 from vlm_adapt.vision import build_tower
+from vlm_adapt.vision.tower import Tower
 
 
 @dataclass
@@ -135,13 +136,8 @@ def build(
         language = load_language(language_path, language_weights, config.language.attention, dtype)
 
     vision = config.vision
-    vision_weights, local = "random:" if empty else vision.weights, None
-    if vision_weights.startswith(("package:", "file:")):
-        resolved = weights.resolve(vision.weights)
-        assert resolved is not None
-        local = resolved if vision.model.startswith("hf:") else weights.tensors_file(resolved)
     with place:
-        tower = build_tower(vision.model, vision_weights, vision.image_size, dtype, local, vision.options)
+        tower = vision_tower(vision, dtype, empty)
 
     torch.manual_seed(seed)
     with place:
@@ -177,6 +173,16 @@ def build(
     model.stop_ids = stop_ids
     base = fingerprint(model, config)
     return Assembled(model, tokenizer, template, encoder, stop_ids, config, dtype, base=base)
+
+
+def vision_tower(vision: Vision, dtype: torch.dtype, empty: bool = False) -> Tower:
+    """The tower alone; the arguments and errors are those of `build`."""
+    named, local = "random:" if empty else vision.weights, None
+    if named.startswith(("package:", "file:")):
+        resolved = weights.resolve(named)
+        assert resolved is not None
+        local = resolved if vision.model.startswith("hf:") else weights.tensors_file(resolved)
+    return build_tower(vision.model, named, vision.image_size, dtype, local, vision.options)
 
 
 def _folder(model: str) -> str | Path:

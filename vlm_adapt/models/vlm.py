@@ -81,12 +81,7 @@ class VisionLanguageModel(nn.Module):
 
     def features(self, images: Tensor | Patches) -> list[Tensor] | PackedFeatures:
         """uint8 images [N, C, H, W] -> features_NPD of each layer that the connector reads; or packed."""
-        if isinstance(images, Tensor):
-            return self.vision(self.vision.normalise(images), self.layers)
-        assert isinstance(self.vision, NativeTower)
-        pixels_TV = self.vision.normalise(images.pixels_TV)
-        packed = Packed(pixels_TV, images.places_T, images.grids, images.lengths)
-        return PackedFeatures(self.vision(packed, self.layers), *self.vision.shapes(packed))
+        return features_of(self.vision, images, self.layers)
 
     def inputs(self, batch: Batch, tokens: Tensor | None = None) -> LanguageInput:
         """Steps 1 to 4: everything before the language. `tokens` are the images', if they are known."""
@@ -156,3 +151,15 @@ class VisionLanguageModel(nn.Module):
         for part in (self.vision, self.language):
             # Beside a side network a part keeps nothing, so there is nothing to recompute in it.
             (part.ladder or part).set_activation_checkpointing(enabled)
+
+
+def features_of(
+    tower: Tower, images: Tensor | Patches, layers: Sequence[int]
+) -> list[Tensor] | PackedFeatures:
+    """uint8 images [N, C, H, W] -> features_NPD of each layer; or packed, for images of native sizes."""
+    if isinstance(images, Tensor):
+        return tower(tower.normalise(images), layers)
+    assert isinstance(tower, NativeTower)
+    pixels_TV = tower.normalise(images.pixels_TV)
+    packed = Packed(pixels_TV, images.places_T, images.grids, images.lengths)
+    return PackedFeatures(tower(packed, layers), *tower.shapes(packed))
