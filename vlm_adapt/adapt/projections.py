@@ -94,6 +94,8 @@ def _wqkv(attention: Any, out: int) -> Projections | None:
 def _query_key_value(attention: Any, out: int) -> Projections | None:
     """BLOOM, GPT-NeoX, Persimmon: head by head. Falcon: by groups of heads, or one key and one value."""
     heads = getattr(attention, "num_heads", None) or getattr(attention, "num_attention_heads", None)
+    if heads is None and isinstance(getattr(attention, "head_size", None), int):
+        heads = out // 3 // attention.head_size
     if not hasattr(attention, "new_decoder_architecture"):
         return _by_head(heads, out)
     width = attention.head_dim
