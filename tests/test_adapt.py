@@ -13,9 +13,10 @@ import torch
 import transformers
 
 from vlm_adapt.adapt.full import Full
-from vlm_adapt.adapt.lora import Lora, choose_layers
+from vlm_adapt.adapt.lora import Lora
 from vlm_adapt.adapt.method import read_tensors
 from vlm_adapt.adapt.place import Place
+from vlm_adapt.adapt.tuner_targets import choose_layers
 from vlm_adapt.config.schema import Adapt
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.causal import CausalLanguage
@@ -237,7 +238,7 @@ def test_full_trains_a_head_of_its_own() -> None:
     method = Full()
     method.attach(Place("language", language))
     assert set(method.parameters) == {name for name, _ in language.named_parameters()}
-    assert choose_layers(Place("language", language), language.model, "o_proj") == [
+    assert choose_layers(Place("language", language), "o_proj", ("linear",)) == [
         f"model.layers.{block}.self_attn.o_proj" for block in range(2)
     ]
 

@@ -1,49 +1,61 @@
-"""Low-rank adaptation through peft, on any part.
+"""Low-rank adaptation through peft, on any part, with the variants that peft's settings choose.
 
 W + (lora_alpha / r) B A, with A random and B zero at the start (Hu et al. 2021, LoRA, section 4.1).
-Knows how to name a part's linear layers to peft and peft's file format; knows nothing about what the
-part computes.
+Knows which settings change the base's weights or need data; the formulas are peft's.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vlm_adapt.adapt.method import Gathered, Method
+from vlm_adapt.adapt import tuner_targets
 from vlm_adapt.adapt.place import Place
-from vlm_adapt.choices import nearest
+from vlm_adapt.adapt.tuner import Tuner
 from vlm_adapt.errors import UserError
 
-PREFIX = "base_model.model."  # how peft opens every key of an adapter file
+CHANGES_BASE = ("pissa", "olora", "loftq")  # starts that take the first B A out of W, or quantise W
+NEEDS = {
+    "eva": "the activations of data before the first step",
+    "corda": "peft's preprocess_corda before the first step",
+    "lora_ga": "gradients of data before the first step",
+}
+UNFIT = {
+    "alora_invocation_tokens": "it looks for tokens in ids, and images have none",
+    "monteclora_config": "its loss has a term that only peft's own model adds",
+    "arrow_config": "it chooses among adapters trained before",
+    "eva_config": NEEDS["eva"],
+    "corda_config": NEEDS["corda"],
+    "lora_ga_config": NEEDS["lora_ga"],
+}
 
 
-class Lora(Method):
-    """LoRA on the linear layers of a part.
+class Lora(Tuner):
+    """LoRA on the linear layers, convolutions or fused attentions of a part.
 
     Args:
         r: rank.
-        lora_alpha: the update is scaled by lora_alpha / r.
+        lora_alpha: the update is scaled by lora_alpha / r (twice r by default).
         lora_dropout: dropout on the adapter's input.
         target_modules: `all-linear` (of the part's blocks), a name, or a list of names: a layer is
             chosen when its dotted name ends with one of them.
-        settings: further fields of peft's LoraConfig (use_dora, use_rslora, init_lora_weights, …).
+        settings: further fields of peft's LoraConfig. `use_dora` (Liu et al. 2024, arXiv 2402.09353),
+            `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732), `init_lora_weights`: `pissa` (Meng et al.
+            2024, arXiv 2404.02948), `loftq` (Li et al. 2023, arXiv 2310.08659), `olora`, `orthogonal`, …
 
     Raises:
         UserError: a target matches nothing, or peft refuses the settings.
     """
 
     name = "lora"
-    summary = "low-rank updates of linear layers (with DoRA, rsLoRA, PiSSA, EVA, LoftQ by peft's settings)"
+    kind = "LORA"
+    summary = "low-rank updates of linear layers (DoRA, rsLoRA, PiSSA, OLoRA, LoftQ by peft's settings)"
     paper = "Hu et al. 2021, arXiv 2106.09685"
-    order = 1
-    mergeable = True
+    layers = ("linear", "conv", "attention")
     example = {"r": 4}
-    file_name = "adapter_model.safetensors"
 
     def __init__(
         self,
@@ -53,103 +65,83 @@ class Lora(Method):
         target_modules: str | Sequence[str] = "all-linear",
         **settings: Any,
     ):
-        super().__init__()
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise UserError(f"adapt: LoRA's r is a whole number from 1, not {r!r}")
-        self.targets = target_modules
+        start = settings.get("init_lora_weights", True)
+        for key, reason in UNFIT.items():
+            if settings.get(key) is not None:
+                raise UserError(f"adapt: '{self.name}' cannot take '{key}': {reason}")
+        if start in NEEDS:
+            raise UserError(
+                f"adapt: init_lora_weights '{start}' needs {NEEDS[start]}, which a plan does not have: take "
+                "'pissa' or 'orthogonal', which need the weights alone"
+            )
+        self.on_meta = False
+        self.changes_base = isinstance(start, str) and start.lower().startswith(CHANGES_BASE)
+        self.changes_base = self.changes_base or settings.get("kasa_config") is not None
+        if self.changes_base:
+            self.stacks = False
+        if start == "mica":
+            self.reads_values = True
+        if settings.get("use_dora"):  # it divides by the norm of the whole weight
+            self.additive = self.nests = False
+            self.reads_values = True
         alpha = 2 * r if lora_alpha is None else lora_alpha
-        self.settings = {"r": r, "lora_alpha": alpha, "lora_dropout": lora_dropout, **settings}
-        self.config: Any = None
-        self.adapter = "default"
+        super().__init__(target_modules, r=r, lora_alpha=alpha, lora_dropout=lora_dropout, **settings)
+        self.originals: list[tuple[Any, Tensor]] = []
 
-    @staticmethod
-    def extra_settings() -> list[str]:
-        """The fields of peft's own configuration."""
-        from peft import LoraConfig
+    def configure(self, names: Sequence[str]) -> Any:
+        """As in Tuner, with a fused attention of our own."""
+        from vlm_adapt.adapt.fused_attention import FusedAttention
 
-        return list(LoraConfig.__dataclass_fields__)
+        config = super().configure(names)
+        if self.on_meta and self.changes_base:
+            config.init_lora_weights = True  # shapes are the same, and there are no values to decompose
+        config._register_custom_module({nn.MultiheadAttention: FusedAttention})
+        return config
 
     def attach(self, place: Place) -> None:
-        """Inject the adapter; the base's weights stay where they are."""
-        from peft import LoraConfig, inject_adapter_in_model
+        """As in Tuner; weights of the base that the start changes are kept on the CPU, to switch back."""
+        self.on_meta = place.device.type == "meta"
+        before: dict[int, Tensor] = {}
+        if self.changes_base and not self.on_meta:
+            for name in self.choose(place):
+                layer: Any = place.inner.get_submodule(name)
+                base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+                if isinstance(base._parameters.get("weight"), nn.Parameter):
+                    before[id(base)] = base.weight.detach().to("cpu", copy=True)
+        super().attach(place)
+        for layer in self.my_layers():
+            layer.register_forward_pre_hook(_leave_to_autocast)
+            base = layer.get_base_layer()
+            if id(base) in before:
+                self.originals.append((base, before[id(base)]))
 
-        self.part = part = place.part
-        inner = inner_model(part)
-        names = choose_layers(place, inner, self.targets)
-        try:
-            self.config = LoraConfig(target_modules=names, **self.settings)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"adapt: peft refuses these LoRA settings: {error}") from error
-        taken = {key for module in inner.modules() for key in getattr(module, "lora_A", {})}
-        self.adapter = next(f"a{n}" for n in range(len(taken) + 1) if f"a{n}" not in taken)
-        before = {id(parameter) for parameter in inner.parameters()}
-        try:
-            inject_adapter_in_model(self.config, inner, adapter_name=self.adapter)
-        except ValueError as error:
-            raise UserError(f"adapt: peft cannot attach LoRA here: {error}") from error
-        module: Any
-        for module in inner.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                # Autocast brings input and adapter to one dtype; peft's own cast would copy twice more.
-                module.cast_input_dtype_enabled = False
-        if taken:
-            _activate_all(inner)
-        self.parameters = {
-            PREFIX + name.replace(f".{self.adapter}.", ".").removesuffix(f".{self.adapter}"): parameter
-            for name, parameter in inner.named_parameters()
-            if id(parameter) not in before
-        }
+    def set_active(self, active: bool) -> None:
+        """As in Tuner, with the base's own weights while it does not act."""
+        if active != self.active:
+            for number, (base, other) in enumerate(self.originals):
+                if hasattr(base.weight, "ds_id"):
+                    raise UserError(
+                        f"'{self.name}' with this start is not switched under ZeRO-3: use another stage"
+                    )
+                self.originals[number] = (base, base.weight.detach().to("cpu", copy=True))
+                base.weight.data = other.to(base.weight.device)
+        super().set_active(active)
 
-    def save(self, folder: Path, tensors: Gathered) -> None:
-        """Write peft's own format: `adapter_config.json` and `adapter_model.safetensors`."""
-        super().save(folder, tensors)
-        written = self.config.to_dict() | {"inference_mode": True, "peft_type": "LORA"}
-        written = {key: sorted(value) if isinstance(value, set) else value for key, value in written.items()}
-        text = json.dumps(written, indent=2, default=str)
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-
-
-def inner_model(part: nn.Module) -> nn.Module:
-    """The library's own model inside a part, so that file keys are those the library's users know."""
-    inner = getattr(part, "model", None)
-    return inner if isinstance(inner, nn.Module) else part
+    @torch.no_grad()
+    def merge(self) -> None:
+        """As in Tuner."""
+        self.set_active(True)
+        super().merge()
+        self.originals = []
 
 
 def choose_layers(place: Place, inner: nn.Module, targets: str | Sequence[str]) -> list[str]:
-    """Dotted names, below `inner`, of the linear layers that `targets` means.
-
-    Raises:
-        UserError: a target matches no layer; the nearest name is given.
-    """
-    in_blocks = place.inside()
-    layers = {
-        name: module
-        for name, module in inner.named_modules()
-        if is_linear(module) and id(module) in in_blocks and "lora_" not in name
-    }
-    layers = {name.removesuffix(".base_layer"): module for name, module in layers.items()}
-    if targets == "all-linear":
-        return sorted(layers)
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    chosen: set[str] = set()
-    for target in wanted:
-        found = [name for name in layers if name == target or name.endswith("." + target)]
-        if not found:
-            endings = sorted({name.rpartition(".")[2] for name in layers})
-            hint = nearest(target, endings) or ": there are " + ", ".join(endings)
-            raise UserError(f"adapt: target_modules '{target}' matches no layer{hint}")
-        chosen.update(found)
-    return sorted(chosen)
+    """Dotted names, below the library's own model, of the linear layers that `targets` means."""
+    return tuner_targets.choose_layers(place, targets, ("linear",), "lora")
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that peft adapts (GPT-2's Conv1D is one too)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _activate_all(inner: nn.Module) -> None:
-    """Let every adapter of a layer add its update, not the newest alone."""
-    module: Any
-    for module in inner.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "set_adapter"):
-            module.set_adapter(list(module.lora_A))
+def _leave_to_autocast(layer: Any, inputs: tuple[Any, ...]) -> None:
+    """Autocast brings input and adapter to one dtype itself; peft's own cast would copy twice more."""
+    layer.cast_input_dtype_enabled = not torch.is_autocast_enabled(inputs[0].device.type)
