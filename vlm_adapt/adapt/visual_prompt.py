@@ -151,5 +151,6 @@ def try_once(place: Place) -> None:
         torch.autocast(device.type, part.dtype, enabled=part.dtype in (torch.bfloat16, torch.float16)),
     ):
         (features_NPD,) = part(pixels_NCHW.to(part.dtype), layers)
-    if features_NPD.shape[1:] != (part.grid[0] * part.grid[1], part.widths(layers)[0]):
+    (rows, columns), (width,) = part.grids(layers)[0], part.widths(layers)
+    if features_NPD.shape[1:] != (rows * columns, width):
         raise ValueError(f"features have shape {tuple(features_NPD.shape)}")
