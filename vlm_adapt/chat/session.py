@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -26,8 +26,9 @@ from vlm_adapt.data.patches import load
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.language import Generation
+from vlm_adapt.models.adapters import Adapters
 from vlm_adapt.models.build import Assembled
-from vlm_adapt.models.restore import restore
+from vlm_adapt.models.restore import find_checkpoint, read_checkpoint, restore
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Session:
         system: the system message; None is the run's, or else the template's own.
         settings: length, temperature, top_p and seed of replies.
         max_pixels: larger images are refused.
+        adapters: of which `assembled` is the model, to switch among them.
 
     Attributes:
         notes: what the user should know about the last question (turns that no longer fit, a reply
@@ -65,7 +67,9 @@ class Session:
         system: str | None = None,
         settings: Generation | None = None,
         max_pixels: int = MAX_PIXELS,
+        adapters: Adapters | None = None,
     ):
+        self.adapters = adapters
         self.assembled, self.max_pixels = assembled, max_pixels
         self.settings = settings or Generation(max_new_tokens=256)
         self.device = dist.device()
@@ -78,15 +82,43 @@ class Session:
 
     @classmethod
     def open(
-        cls, checkpoint: str | Path, system: str | None = None, settings: Generation | None = None
+        cls,
+        checkpoint: str | Path,
+        system: str | None = None,
+        settings: Generation | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> Session:
-        """A session with the model of a checkpoint or of a run's folder.
+        """A session with the model of a checkpoint, of a run's folder or of an adapter.
+
+        Args:
+            adapters: further ones by name; the last is in use.
 
         Raises:
-            UserError: it cannot be restored.
+            UserError: it cannot be restored, or an adapter belongs to another base.
         """
+        if adapters:
+            several = Adapters.open(checkpoint)
+            for name, folder in adapters.items():
+                several.add(name, folder)
+            several.use(several.names[-1:])
+            run, _ = read_checkpoint(find_checkpoint(checkpoint))
+            return cls(several.assembled, system, settings, run.data.max_pixels, several)
         assembled, run, _ = restore(checkpoint)
         return cls(assembled, system, settings, run.data.max_pixels)
+
+    def use(self, names: Sequence[str]) -> None:
+        """Let these adapters answer from now on, the base for none; the conversation stays.
+
+        Raises:
+            UserError: no adapters were given, an unknown name, or some that cannot act together.
+        """
+        if self.adapters is None:
+            raise UserError(
+                "there are no adapters to switch: start with chat CHECKPOINT --adapter NAME=FOLDER"
+            )
+        self.adapters.use(names)
+        self.history.encoder = self.assembled.encoder
+        self.notes = list(self.adapters.notes)
 
     def load_image(self, file: str | Path) -> Any:
         """An image file as the tower wants it: uint8 [C, H, W], or patches of an image of native size.

@@ -26,6 +26,7 @@ HELP = """\
   /image FILE...    show images with your next question (quote names with spaces)
   /system TEXT      change the system message (no text: the template's own)
   /temperature X    0 always writes the likeliest word, 1 draws as the model believes
+  /adapter A + B    let these adapters answer (none: the base; no name: shows which there are)
   /reset            forget the conversation
   /save FILE        write it as JSON, which `vlm-adapt shards write llava` reads
   /quit             leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C stops a reply
@@ -80,6 +81,7 @@ class Terminal:
             "image": self.image,
             "system": self.system,
             "temperature": self.temperature,
+            "adapter": self.adapter,
             "reset": self.reset,
             "save": self.save,
             "help": lambda _: print(HELP, file=sys.stderr),
@@ -182,6 +184,20 @@ class Terminal:
             raise UserError(f"/temperature needs a number of 0 or more, as in /temperature 0.7 (it is {now})")
         self.session.settings.temperature = value
         tell(f"temperature {value:g}")
+
+    def adapter(self, text: str) -> None:
+        """`/adapter NAME [+ NAME]`: which adapters act; `none` is the base alone."""
+        if text:
+            names = text.replace("+", " ").split()
+            self.session.use([] if names == ["none"] else names)
+            for note in self.session.notes:
+                tell(f"({note})")
+        adapters = self.session.adapters
+        if adapters is None:
+            raise UserError(
+                "there are no adapters: start with vlm-adapt chat CHECKPOINT --adapter NAME=FOLDER"
+            )
+        tell(f"adapters: {', '.join(adapters.names)}; in use: {' + '.join(adapters.active) or 'none'}")
 
     def reset(self, text: str) -> None:
         """`/reset`."""

@@ -15,6 +15,7 @@ import typer
 
 from vlm_adapt import __version__, dist, exits
 from vlm_adapt.cli.adapt import adapt
+from vlm_adapt.cli.adapters import add_to, named_folders
 from vlm_adapt.cli.common import STYLE, Checkpoint, Config, Overrides, checked_run, checkpoint_folder
 from vlm_adapt.cli.probe import probe
 from vlm_adapt.cli.scores import scores
@@ -23,6 +24,7 @@ from vlm_adapt.cli.weights import weights
 from vlm_adapt.errors import UserError
 
 app = typer.Typer(help="Adapt large vision-language models: train, evaluate, chat.", **STYLE)
+add_to(adapt)
 app.add_typer(adapt, name="adapt")
 app.add_typer(shards, name="shards")
 app.add_typer(weights, name="weights")
@@ -83,9 +85,14 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from this share of chances.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of a reply.")] = 256,
     seed: Annotated[int | None, typer.Option(help="Draw the same words every time.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="Also this adapter, for /adapter; the last one is in use."),
+    ] = None,
 ) -> None:
     """Talk to a trained model about images."""
     checkpoint_folder(checkpoint)
+    adapters = named_folders(adapter)
     files = [str(file) for file in image or []]
     for file in files:
         if not Path(file).expanduser().is_file():
@@ -99,7 +106,8 @@ def chat(
     disable_progress_bar()  # of reading weights from a disk: a second's work, and a reply should stand alone
     if prompt is None and sys.stdin.isatty():
         print(f"loading {checkpoint} ...", file=sys.stderr, flush=True)
-    session = Session.open(checkpoint, system, Generation(max_new_tokens, temperature, top_p, seed))
+    generation = Generation(max_new_tokens, temperature, top_p, seed)
+    session = Session.open(checkpoint, system, generation, adapters)
     if prompt is not None:
         answer_once(session, prompt, files)
         return

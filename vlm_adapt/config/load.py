@@ -39,7 +39,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, with `$VARIABLES` of the environment, and its own `${folder}`, filled in."""
+    """The mapping in a YAML file, with `$VARIABLES` of the environment and its own `${folder}` filled in."""
     path = Path(path)
     if not path.is_file():
         near = nearest(

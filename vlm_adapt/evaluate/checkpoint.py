@@ -14,10 +14,12 @@ import torch
 
 from vlm_adapt import dist
 from vlm_adapt.config.load import load_run
+from vlm_adapt.config.schema import Run
 from vlm_adapt.evaluate.files import write_scores
 from vlm_adapt.evaluate.progress import Told
 from vlm_adapt.evaluate.run import evaluate
 from vlm_adapt.evaluate.scores import Scores
+from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.restore import restore
 
 
@@ -37,6 +39,19 @@ def evaluate_checkpoint(
         UserError: no checkpoint, or nothing to score on.
     """
     dist.start()
+    scores, assembled, stage_run, folder = score(path, overrides, limit)
+    if dist.is_main():
+        target = output or folder / "evaluation"
+        write_scores(target, scores, assembled, stage_run)
+        print(scores.line())
+        print(f"written to {target}", file=sys.stderr)
+    return scores
+
+
+def score(
+    path: str | Path, overrides: Sequence[str] = (), limit: int | None = None
+) -> tuple[Scores, Assembled, Run, Path]:
+    """As `evaluate_checkpoint`, and nothing is written: the scores, the model, its run, and its folder."""
     assembled, _, folder = restore(path)
     run = load_run(folder / "run.yaml", overrides)
     stage_run = run.stage_runs()[-1][1]
@@ -58,9 +73,4 @@ def evaluate_checkpoint(
         seed=run.seed,
         tell=Told(),
     )
-    if dist.is_main():
-        target = output or folder / "evaluation"
-        write_scores(target, scores, assembled, stage_run)
-        print(scores.line())
-        print(f"written to {target}", file=sys.stderr)
-    return scores
+    return scores, assembled, stage_run, folder

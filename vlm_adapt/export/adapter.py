@@ -40,7 +40,8 @@ from vlm_adapt.models.restore import (
 )
 
 FORMAT = 1
-LATENT = "latent.safetensors"  # what a method keeps for going on with training alone (see Method.save_latent)
+# What methods keep for going on with training alone (see Method.save_latent).
+LATENTS = ("latent.safetensors", "allocator.safetensors")
 ABOUT = "adapter.json"
 
 
@@ -60,8 +61,9 @@ def save_adapter(checkpoint: str | Path, target: Path) -> dict[str, Any]:
     assert assembled.plan is not None
     with whole_folder(target) as temporary:
         for item in assembled.plan.attached:
-            without = shutil.ignore_patterns(LATENT)
+            without = shutil.ignore_patterns(*LATENTS)
             shutil.copytree(folder / item.label, temporary / item.label, ignore=without)
+            item.method.read(temporary / item.label)  # whole without them
         copy_beside(folder, temporary)
         lines = flatten(plan_of(run, state))
         about = {"from": f"step {state['step']} of a run"}

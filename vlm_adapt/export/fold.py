@@ -177,8 +177,8 @@ class Merge:
             language = language.model_copy(update={"model": f"{HERE}/language", "weights": "hub:"})
             parts["language"] = "language/, as transformers saves it"
         copy_beside(self.folder, target)
-        words = {"vision": vision, "language": language}
-        merged = run.model_copy(update={"model": run.model.model_copy(update=words)})
+        named = run.model.model_copy(update={"vision": vision, "language": language})
+        merged = run.model_copy(update={"model": named})
         about = {
             "from": f"step {state['step']} of a run, merged",
             "folded": [label for _, label in self.folded],

@@ -117,8 +117,8 @@ def merge_checkpoint(
             raise UserError(
                 f"the merged model in {name} differs from the unmerged by {receipt.largest_difference:.3g} "
                 f"in a logit (the largest is {largest:.3g}), more than the {receipt.tolerance:.3g} allowed, "
-                f"and {receipt.argmax_differs} of {receipt.tokens} likeliest words changed: nothing was written; "
-                "try --dtype float32, or allow more with --tolerance"
+                f"and {receipt.argmax_differs} of {receipt.tokens} likeliest words changed: nothing was "
+                "written; try --dtype float32, or allow more with --tolerance"
             )
         (temporary / RECEIPT).write_text(json.dumps(asdict(receipt), indent=1), encoding="utf-8")
     return receipt

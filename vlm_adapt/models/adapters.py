@@ -98,7 +98,7 @@ class Adapters:
         run, state = read_checkpoint(place)
         check_files(place, state["labels"])
         check_base(state.get("base"), self._base.base, f"'{folder}'", state["labels"])
-        _check_words(run.model, self._base.config, str(folder))
+        check_words(run.model, self._base.config, str(folder))
         self._folders[name] = place
         try:
             self._alone[name] = self._made((name,))[0]
@@ -193,7 +193,7 @@ def labels_of(lines: Sequence[tuple[str, Adapt]]) -> list[tuple[str, str]]:
     return labels
 
 
-def _check_words(theirs: Model, ours: Model, folder: str) -> None:
+def check_words(theirs: Model, ours: Model, folder: str) -> None:
     """Settings of a model that change what it reads, and are no part of its weights.
 
     Raises:

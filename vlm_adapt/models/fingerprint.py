@@ -51,7 +51,7 @@ def fingerprint(model: VisionLanguageModel, config: Model) -> Fingerprint:
     vision, language, connector = config.vision, config.language, config.connector
     defaults = connector_options(connector.name)
     given = {key: value for key, value in connector.options.items() if defaults.get(key) != value}
-    plain = {"name": connector.name, "options": given, "layers": list(model.vision.resolve(model.layers))}
+    plain: dict[str, Any] = {"name": connector.name, "options": given, "layers": list(model.vision.resolve(model.layers))}
     plain |= {"width": model.language.width, "state_size": config.state_size}
     return {
         "vision": {

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from vlm_adapt.adapt import METHODS
 from vlm_adapt.adapt.method import read_tensors
 from vlm_adapt.adapt.plan import Attached
 from vlm_adapt.config.load import read_yaml, validate
@@ -49,6 +50,11 @@ def read_checkpoint(folder: Path) -> tuple[Run, dict[str, Any]]:
         raise UserError(f"'{path}' cannot be read: {error}") from error
     if not isinstance(state, dict) or not {"step", "stage", "labels"} <= set(state):
         raise UserError(f"'{path}' is damaged: it does not say step, stage and labels; copy it again")
+    try:
+        for line in (line for stage in plan_of(run, state) for line in stage):
+            METHODS.check(line.method)
+    except UserError as error:
+        raise UserError(f"'{folder}': {error}") from error
     return run, state
 
 
@@ -63,7 +69,7 @@ def plan_of(run: Run, state: dict[str, Any]) -> list[list[Adapt]]:
     try:
         return [[Adapt.model_validate(line) for line in stage] for stage in state["plan"]]
     except (TypeError, ValidationError) as error:
-        raise UserError("the plan in state.json is damaged: copy the checkpoint again") from error
+        raise UserError("the plan in its state.json is damaged: copy it again") from error
 
 
 def restore(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Assembled, Run, Path]:
