@@ -50,7 +50,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.vit(folder / "vit")
     tiny.llama(folder / "llama")
     tiny.t5(folder / "t5")
-    for family in ("gpt2", "gemma2", "qwen3"):
+    for family in ("gpt2", "gemma2"):
         tokenizer = tiny.tokenizer(folder / family, bos=family == "gemma2")
         name, settings = tiny_languages.FAMILIES[family]
         more: dict[str, Any] = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
@@ -70,7 +70,7 @@ def adapted(parts: Path, language: str, plan: list[dict[str, Any]], **more: Any)
     return ours
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", SOME)
 @pytest.mark.parametrize("language", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("prefix_lm", [False, True], ids=["causal", "two-way"])
 def test_packed_and_padded_as_alone(parts: Path, plan: str, language: str, prefix_lm: bool) -> None:
@@ -87,7 +87,7 @@ def test_packed_and_padded_as_alone(parts: Path, plan: str, language: str, prefi
 
 
 @pytest.mark.parametrize("plan", SOME)
-@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
 def test_backends_and_checkpointing(parts: Path, plan: str, attention: str) -> None:
     """One text a row through transformers' eager attention, against all others, kept or computed again."""
     reference = adapted(parts, "llama", PLANS[plan], attention="eager")
@@ -122,7 +122,7 @@ def test_checkpointing_of_batches_that_overlap(parts: Path, plan: str) -> None:
     same(wanted[1], wanted[0])
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["projected", "both"])
 @pytest.mark.parametrize("language", ["llama", "t5"])
 def test_a_row_of_padding_reaches_everything(parts: Path, plan: str, language: str) -> None:
     """A rank without a share still runs every module that trains, with weight zero."""
@@ -136,8 +136,8 @@ def test_a_row_of_padding_reaches_everything(parts: Path, plan: str, language: s
                 assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("language", ["llama", "gpt2", "gemma2", "qwen3"])
+@pytest.mark.parametrize("plan", ["prefix", "both"])
+@pytest.mark.parametrize("language", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("prefix_lm", [False, True], ids=["causal", "two-way"])
 def test_greedy_equals_teacher_forcing(parts: Path, plan: str, language: str, prefix_lm: bool) -> None:
     """Prompts of unequal length with images in one batch, through the cache."""
@@ -169,9 +169,9 @@ def test_branches_write_what_they_would_alone(parts: Path, plan: str) -> None:
             assert answer == forced(ours, sentence, seed, answer)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_encoder_decoder(parts: Path, plan: str) -> None:
-    """Padded prompts: losses as alone, and greedy answers as teacher forcing has them."""
+@pytest.mark.parametrize("plan", SOME)
+def test_encoder_decoder(parts: Path, plan: str, monkeypatch: Any) -> None:
+    """Padded prompts: losses as alone; token by token the logits are those of teacher forcing."""
     ours = adapted(parts, "t5", PLANS[plan])
     talks = [(f"{'<image>' * (number % 2)}{q}", "red") for number, q in enumerate(QUESTIONS)]
     made = [rows.conversation(ours, *talk, seed=seed) for seed, talk in enumerate(talks)]
@@ -181,12 +181,21 @@ def test_encoder_decoder(parts: Path, plan: str) -> None:
     same(gradients, want[1])
     asked = [rows.conversation(ours, talk[0], seed=seed, learn=False) for seed, talk in enumerate(talks)]
     batch = rows.batch(ours, asked)
-    answers = ours.model.generate(batch, Generation(5), set())
-    batch.decoder_ids_BU = torch.tensor([[ours.model.language.start_id, *answer[:-1]] for answer in answers])
-    assert ours.model.logits(batch).argmax(-1).tolist() == answers
+    seen: list[torch.Tensor] = []
+    words_B = torch.arange(len(talks)) + 9
+
+    def two_steps(logits_BV: torch.Tensor, step: Any, *rest: Any) -> list[list[int]]:
+        seen.extend([logits_BV, step(words_B)])
+        return []
+
+    monkeypatch.setattr("vlm_adapt.language.seq2seq.decode", two_steps)
+    ours.model.generate(batch, Generation(2), set())
+    start_B = torch.full_like(words_B, ours.model.language.start_id)
+    batch.decoder_ids_BU = torch.stack([start_B, words_B], 1)
+    torch.testing.assert_close(torch.stack(seen, 1), ours.model.logits(batch), **NEAR)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["encoded", "projected", "both"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_base(parts: Path, plan: str, autocast: bool) -> None:
     """What trains is float32, the frozen language bf16, with autocast and without."""
@@ -270,7 +279,7 @@ def test_too_many_places_are_told_without_weights(tmp_path: Path) -> None:
     assert "prompts take 40 places in every text, of 40 tokens at most" in tiny.sentence(caught)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", ["projected", "both"])
 def test_chat_restores_and_talks(tmp_path: Path, plan: str) -> None:
     """A checkpoint's vectors are read again, and a session's prompts have their places."""
     folder = tiny_chat.checkpoint(tmp_path, adapt=PLANS[plan])
