@@ -79,11 +79,14 @@ def linear_layers(block: nn.Module) -> Iterable[tuple[str, nn.Module, tuple[tupl
     for name, module in block.named_modules():
         if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
             continue
+        if ".lora_" in name:  # another adapter of the same base, which does not act while this one does
+            continue
+        name = name.removesuffix(".base_layer")
         roles = ROLES.get(".".join(name.split(".")[-2:])) or ROLES.get(name.rpartition(".")[2])
         if roles is None:
             raise UserError(
                 f"adapt: side_tuning cannot prune a layer called '{name}': it does not know what its rows "
-                "are; say start: random"
+                "are; say init: random"
             )
         yield name, module, roles
 
@@ -93,7 +96,7 @@ def _roles_by_size(layer: nn.Module, roles: tuple[tuple[str, ...], str], sizes: 
     if tuple(matrix(layer).shape) != (sum(found), sizes[roles[1]]):
         raise UserError(
             f"adapt: side_tuning cannot prune a layer of shape {tuple(matrix(layer).shape)} where it expects "
-            f"({sum(found)}, {sizes[roles[1]]}): say start: random"
+            f"({sum(found)}, {sizes[roles[1]]}): say init: random"
         )
     return found
 
@@ -185,7 +188,7 @@ class Kept:
             fitting = [role for role, size in self.sizes.items() if parameter.shape == (size,)]
             role = NORMS.get(name.split(".")[-2], fitting[0] if fitting else "")
             if role not in fitting:
-                raise UserError(f"adapt: side_tuning cannot prune '{name}': say start: random")
+                raise UserError(f"adapt: side_tuning cannot prune '{name}': say init: random")
             targets[name].copy_(parameter[self.rows[role]])
 
     def _fused(self, outputs: tuple[str, ...]) -> Tensor:

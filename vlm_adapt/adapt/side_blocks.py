@@ -133,7 +133,11 @@ def _make(kind: type[nn.Module], config: Any, number: int) -> nn.Module:
 def _inner(block: nn.Module) -> int:
     """Inner units of a block's feed-forward: what its last layer reads."""
     mlp: Any = anatomy(block).mlp
-    layers = [m for m in mlp.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    layers = [
+        module
+        for name, module in mlp.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and "lora_" not in name
+    ]
     return matrix(layers[-1]).shape[1]
 
 
@@ -156,7 +160,7 @@ class PlainBlock(nn.Module):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, across) for _ in range(3))
         self.out_proj = nn.Linear(across, width)
         self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.activation = activation
+        self.activation = copy.deepcopy(activation)  # its own: others may listen to theirs
 
     def forward(self, hidden_NTD: Tensor) -> Tensor:
         """hidden_NTD to the same shape."""

@@ -39,7 +39,7 @@ class SideTuning(Method):
         r: how many times narrower than the part; it must divide the part's width.
         temperature: T of the gates, sigmoid(alpha / T).
         drop: a rung at every second block only, counted from the last.
-        start: `pruned` (from the part's weights) or `random`.
+        init: `pruned` (from the part's weights) or `random`.
 
     Raises:
         UserError: the part is no stack of plain transformer blocks, or r does not fit it.
@@ -54,7 +54,7 @@ class SideTuning(Method):
     identity = False
     example = {"r": 2}  # noqa: RUF012
 
-    def __init__(self, r: int = 8, temperature: float = 0.1, drop: bool = False, start: str = "pruned"):
+    def __init__(self, r: int = 8, temperature: float = 0.1, drop: bool = False, init: str = "pruned"):
         super().__init__()
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise UserError(f"adapt: side_tuning takes a whole number r from 1, not {r!r}")
@@ -62,9 +62,9 @@ class SideTuning(Method):
             raise UserError(f"adapt: side_tuning takes a temperature above 0, not {temperature!r}")
         if not isinstance(drop, bool):
             raise UserError(f"adapt: side_tuning's drop is true or false, not {drop!r}")
-        if start not in ("pruned", "random"):
-            raise UserError(f"adapt: side_tuning starts 'pruned' or 'random', not {start!r}")
-        self.r, self.temperature, self.drop, self.start = r, float(temperature), drop, start
+        if init not in ("pruned", "random"):
+            raise UserError(f"adapt: side_tuning's init is 'pruned' or 'random', not {init!r}")
+        self.r, self.temperature, self.drop, self.init = r, float(temperature), drop, init
         self.ladders: list[Ladder] = []
 
     def attach(self, place: Place) -> None:
@@ -83,7 +83,7 @@ class SideTuning(Method):
         channels_D = self._channels(place, [block for stack in stacks for _, _, block in stack], width)
         for ladder_blocks in made:
             for block in ladder_blocks.values():
-                if channels_D is not None and self.start == "pruned":
+                if channels_D is not None and self.init == "pruned":
                     block.prune(channels_D)
                 elif not block.kept_heads:
                     block.kept_heads = tuple(range(block.side_heads.query))
@@ -124,7 +124,7 @@ class SideTuning(Method):
         """The channels of the stream that the side network starts from; None where no values are known."""
         if place.device.type == "meta":
             return None
-        if self.start == "random":
+        if self.init == "random":
             return None
         if place.where == "vision":
             blocks = [vision_block(block, 1, place.device).source for block in blocks]
