@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import rows
 import tiny
 import tiny_languages
 import torch
@@ -19,6 +20,7 @@ from vlm_adapt.adapt.bits import pack, unpack
 from vlm_adapt.adapt.lora import Lora
 from vlm_adapt.adapt.piggyback import LATENT, Piggyback
 from vlm_adapt.adapt.place import Place
+from vlm_adapt.config.schema import Adapt
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.causal import CausalLanguage
 
@@ -193,6 +195,31 @@ def test_beside_lora(masks_first: bool) -> None:
     mask.merge()
     after = language.model.model.layers[0].self_attn.q_proj(x_TD)
     torch.testing.assert_close(after, want, atol=1e-5, rtol=1e-5)
+
+
+def test_merged_before_what_is_around_it(tmp_path: Path) -> None:
+    """A plan puts masks inside of LoRA's layers in whatever order it lists them, and merging undoes that."""
+    ours = rows.assemble(tiny.vit(tmp_path / "vit"), tiny.llama(tmp_path / "llama"))
+    lines = [{"method": name, "where": "language"} for name in ("houlsby", "piggyback", "lora")]
+    plan = ours.adapt([[Adapt.model_validate(line) for line in lines]])
+    masks = next(item.method for item in plan.attached if item.method.name == "piggyback")
+    assert [key.split("layers.0.")[1] for key in masks.parameters if "layers.0." in key] == [
+        *(f"self_attn.{name}_proj.mask" for name in "qkvo"),
+        *(f"mlp.{name}_proj.mask" for name in ("gate", "up", "down")),
+    ]
+    for item in plan.attached:
+        for parameter in item.method.parameters.values():
+            parameter.data += 0.01 * torch.randn(parameter.shape)
+    batch = rows.batch(ours, [rows.conversation(ours, "no", "yes")])
+    before = ours.model.logits(batch)
+    folds = [item.method for item in reversed(plan.attached) if item.method.mergeable]
+    with pytest.raises(UserError, match="merge 'piggyback' first"):
+        next(method for method in folds if method.name == "lora").merge()
+    for method in folds:
+        method.merge()
+    torch.testing.assert_close(
+        ours.model.logits(batch), before, atol=1e-4, rtol=1e-4
+    )  # sums in another order
 
 
 def test_conv1d_of_gpt2() -> None:

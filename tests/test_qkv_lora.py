@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vlm_adapt.adapt.lora import Lora
 from vlm_adapt.adapt.piggyback import Piggyback
 from vlm_adapt.adapt.place import Place
 from vlm_adapt.adapt.qkv_lora import QkvLora
@@ -251,6 +252,25 @@ def test_the_attention_of_torch(first: bool) -> None:
     assert type(attention) is nn.MultiheadAttention
     assert [name for name, _ in attention.named_parameters()] == names
     torch.testing.assert_close(attention.in_proj_weight.detach(), changed, atol=1e-6, rtol=0)
+
+
+def test_peft_around_it_is_merged_first_or_last() -> None:
+    """Both are sums: peft must then find the base's own weight, not the changed one."""
+    for first in (0, 1):
+        part = Part(nn.MultiheadAttention(32, 4, batch_first=True).eval())
+        part.requires_grad_(False)
+        methods: list[Any] = [on(part, r=2), Lora(r=2, target_modules="attn")]
+        methods[1].attach(Place("vision", part))
+        for parameter in methods[1].parameters.values():
+            parameter.data.normal_(0, 0.3)
+        x_NTD = torch.randn(2, 3, 32)
+        with torch.no_grad():
+            before = part.attn(x_NTD, x_NTD, x_NTD, need_weights=False)[0]
+            for method in methods[::-1] if first else methods:
+                method.merge()
+            assert type(part.attn) is nn.MultiheadAttention
+            found = part.attn(x_NTD, x_NTD, x_NTD, need_weights=False)[0]
+        torch.testing.assert_close(found, before, **CLOSE)
 
 
 def test_weights_that_are_read() -> None:

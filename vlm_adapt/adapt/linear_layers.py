@@ -17,6 +17,7 @@ from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 
 LINEAR, CONVOLUTION = "linear", "convolution"
+OURS = "vlm_adapt.adapt."
 ALL = {(LINEAR,): "all-linear", (CONVOLUTION,): "all-conv", (LINEAR, CONVOLUTION): "all"}
 
 
@@ -108,7 +109,8 @@ def _layers(place: Place, kinds: Sequence[str]) -> list[Layer]:
         if kind not in kinds or id(module) not in (everywhere if kind == CONVOLUTION else in_blocks):
             continue
         if not _belongs_to_an_adapter(name, modules):
-            found += _weights(name.removesuffix(".base_layer"), module, _parent(name, modules))
+            plain = name.replace(".base_layer.", ".").removesuffix(".base_layer")
+            found += _weights(plain, module, _parent(name, modules))
     return found
 
 
@@ -118,7 +120,7 @@ def _weights(name: str, module: nn.Module, parent: nn.Module) -> list[Layer]:
     if isinstance(module, nn.Linear):
         read = isinstance(parent, nn.MultiheadAttention) or _reads_the_weight(name, parent)
         return [Layer(name, module, "weight", parent, LINEAR, called=not read)]
-    if type(module).__name__.removeprefix("Changed") == "Conv1D" and hasattr(module, "nf"):
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return [Layer(name, module, "weight", parent, LINEAR, transposed=True)]
     if isinstance(module, nn.MultiheadAttention):
         leaves = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
@@ -143,10 +145,14 @@ def _parent(name: str, modules: dict[str, nn.Module]) -> nn.Module:
 
 
 def _belongs_to_an_adapter(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether a module was added by a method: below a layer that peft wraps, yet not the layer itself."""
+    """Whether a module was added by a method: below a layer that peft wraps, yet not the layer itself; or
+    below a module of our own methods that does not stand for a layer (as a low-rank base does)."""
     pieces = name.split(".")
-    return any(
-        isinstance(getattr(modules[".".join(pieces[:end])], "base_layer", None), nn.Module)
-        and pieces[end] != "base_layer"
-        for end in range(1, len(pieces))
-    )
+    for end in range(1, len(pieces)):
+        above = modules[".".join(pieces[:end])]
+        if isinstance(getattr(above, "base_layer", None), nn.Module):
+            if pieces[end] != "base_layer":
+                return True
+        elif type(above).__module__.startswith(OURS) and not hasattr(above, "in_features"):
+            return True
+    return False

@@ -69,7 +69,7 @@ class Piggyback(Method):
     name = "piggyback"
     summary = "a learned mask of one bit for each frozen weight"
     paper = "Mallya et al. 2018, arXiv 1801.06519"
-    order = 1
+    order = 2  # after wrappers of layers: the mask is inside of them, and is merged before them
     mergeable = True
 
     def __init__(self, target_modules: str | Sequence[str] = "all"):

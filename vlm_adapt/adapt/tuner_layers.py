@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlm_adapt.adapt.weight_change import own_weights
 from vlm_adapt.quiet import quiet
 
 # What peft lets all layers of a model hold together: it names adapters of other layers too.
@@ -78,7 +79,8 @@ def fold(inner: nn.Module, layers: list[Any], adapter: str) -> None:
     """Add an adapter to the base's weights, each in its own dtype, and take it off its layers."""
     for layer in layers:
         weights = [(parameter, parameter.dtype) for parameter in layer.get_base_layer().parameters()]
-        layer.merge(adapter_names=[adapter])
+        with own_weights(layer.get_base_layer()):
+            layer.merge(adapter_names=[adapter])
         for parameter, dtype in weights:
             parameter.data = parameter.data.to(dtype)
     parents = [(parent, name, child) for parent in inner.modules() for name, child in parent.named_children()]

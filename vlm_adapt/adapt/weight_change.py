@@ -9,6 +9,8 @@ alike, but renames the weight. Knows nothing about methods.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,6 +120,26 @@ def check_first(module: nn.Module, leaf: str, change: Change | None = None) -> N
             raise UserError(f"a layer has a change of its weight below this one: merge '{one.method}' first")
 
 
+@contextmanager
+def own_weights(module: nn.Module) -> Iterator[None]:
+    """Let others read and write the base's own weights of a layer: to fold an update from outside into them.
+
+    Raises:
+        UserError: a mask lies on one, and must be merged before.
+    """
+    held: dict[str, list[Change]] = module.__dict__.get("weight_changes", {})
+    for leaf in held:
+        check_first(module, leaf)
+    acting = [change for changes in held.values() for change in changes if change.active]
+    for change in acting:
+        change.active = False
+    try:
+        yield
+    finally:
+        for change in acting:
+            change.active = True
+
+
 def _changed_class(kind: Any, leaf: str) -> Any:
     """A subclass of a module's class in which one weight is the changed one."""
 
@@ -130,6 +152,6 @@ def _changed_class(kind: Any, leaf: str) -> Any:
             raise RuntimeError(f"the change of '{leaf}' failed: {error}") from error
         return weight
 
-    name = kind.__name__ if kind.__name__.startswith("Changed") else f"Changed{kind.__name__}"
-    members = {leaf: property(value), "changed_leaf": leaf, "__module__": __name__, "__doc__": kind.__doc__}
-    return type(name, (kind,), members)
+    members = {leaf: property(value), "changed_leaf": leaf}
+    # Names are the library's: some know a layer by the name of its class (transformers' Conv1D).
+    return type(kind.__name__, (kind,), members | {"__module__": kind.__module__, "__doc__": kind.__doc__})
