@@ -31,6 +31,7 @@ ALL = [
     {"method": "full", "where": "connector", "learning_rate": 2e-3},
     LORA,
 ]
+PROMPTS = {"method": "prompt_tuning", "where": "language", "num_virtual_tokens": 3}
 DISTIL = {"train__objective": "distillation"}
 
 
@@ -242,9 +243,17 @@ def test_who_cannot_teach(parts: Path, teacher: Path, tmp_path: Path) -> None:
             r"images of this size differ, \(16, 16\) there and \(32, 32\)",
         ),
         ({"model__connector": {"name": "pixel_shuffle"}}, "tokens an image differ, 4 there and 1 here"),
+        ({"adapt": [*ALL, PROMPTS]}, "places for prompts in every text differ, 0 there and 3 here"),
     ):
         with pytest.raises(UserError, match=said) as caught:
             student(parts, teacher, **change)
+        tiny.sentence(caught)
+    for change, said in (
+        ({"adapt": [*ALL, PROMPTS]}, "places for prompts in every text differ, 0 there and 3 here"),
+        ({"model__state_size": 2}, "'base' cannot read state vectors"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            student(parts, "base", **change)
         tiny.sentence(caught)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import rows
 import tiny
 import tiny_languages
 import torch
+from forks import write
 from torch import nn
 
 from vlm_adapt.adapt.pela import LowRankLinear, can_split, rank_of
@@ -19,6 +21,7 @@ from vlm_adapt.adapt.plan import apply_plan, make_line
 from vlm_adapt.config.schema import Adapt
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.causal import CausalLanguage
+from vlm_adapt.train.journal import read_journal
 
 torch.set_num_threads(1)
 FULL = {"method": "full", "where": "connector"}
@@ -222,3 +225,30 @@ def test_refuses(ours: Any, line: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as caught:
         apply_plan(ours.model.parts(), [[pela(**line)]])
     assert said in tiny.sentence(caught)
+
+
+@pytest.mark.slow
+def test_sharded_factors_learn_the_same(parts: Path, tmp_path: Path, server: Any) -> None:
+    """Two processes under ZeRO-3, biases and frozen factors too: the curve of one process."""
+    whole = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": whole}))
+    lines = [
+        {"method": "pela", "where": "vision", "learning_rate": 1e-3},
+        {"method": "pela", "where": "language", "frozen": True},
+        {"method": "lora", "where": "language", "r": 4, "learning_rate": 1e-3},
+    ]
+    curves = []
+    for ranks, size, engine in ((1, 8, "zero0"), (2, 4, str(tmp_path / "zero3.json"))):
+        tree = tiny.run_tree(
+            parts,
+            str(tmp_path / f"{ranks}"),
+            adapt=lines,
+            train__max_steps=4,
+            train__save_steps=0,
+            train__per_device_train_batch_size=size,
+            train__deepspeed=engine,
+        )
+        server.run(["train", write(tree)], ranks=ranks)
+        curves.append([line["loss"] for line in read_journal(tmp_path / f"{ranks}") if "event" not in line])
+    # Sums in another order, as in test_world.py.
+    assert curves[0] == pytest.approx(curves[1], rel=3e-6) and len(curves[0]) == 4

@@ -133,18 +133,24 @@ def make_teacher(assembled: Assembled, run: Run) -> Teacher | None:
 
 def _check_fits(student: Assembled, teacher: Assembled, train: Train, own: bool) -> None:
     """Raise UserError unless the teacher can read the student's batches."""
-    if not own:
-        return
     ours, its = student.model.vision.image_spec, teacher.model.vision.image_spec
     pairs: list[tuple[str, Any, Any]] = [("images of this size", ours.size, its.size)]
+    if train.distill_weight:
+        mine, theirs = student.encoder.prompt_tokens, teacher.encoder.prompt_tokens
+        pairs.append(("places for prompts in every text", mine, theirs))
     if (ours.native is None) != (its.native is None) or ours.native != its.native and train.distill_weight:
         pairs.append(("images of native sizes", ours.native, its.native))
-    if train.distill_weight:
+    if train.distill_weight and own:
         pairs += [
             ("tokens an image", student.encoder.tokens_per_image, teacher.encoder.tokens_per_image),
             ("numbers in a state vector", student.config.state_size, teacher.config.state_size),
             ("encoder-decoder", student.encoder.seq2seq, teacher.encoder.seq2seq),
         ]
+    if train.distill_weight and not own and student.config.state_size:
+        raise UserError(
+            "train.teacher 'base' cannot read state vectors: its projector has learned nothing; give a "
+            "checkpoint as teacher, or set distill_weight to 0"
+        )
     for what, mine, theirs in pairs:
         if mine != theirs:
             raise UserError(
