@@ -186,9 +186,12 @@ class Tuner(Method):
     def _name_tensors(self, tuner: nn.Module, before: set[int]) -> None:
         """Fill `parameters` and `fixed` by the keys that peft's own files have."""
         adapters = self.inner.__dict__["_peft_adapters"]
-        configs = {name: getattr(method, "config", None) for name, method in adapters.items()}
-        named, holders = tuner_layers.named_tensors(tuner, configs, self.adapter)
-        for key, tensor in named.items():
+        named, holders = tuner_layers.named_tensors(tuner, list(adapters), self.config, self.adapter)
+        unshared: dict[int, str] = {}
+        for key in sorted(named, key=len):  # what layers share is written once, under the tuner's own name
+            unshared.setdefault(id(named[key]), key)
+        for key in [key for key in named if unshared[id(named[key])] == key]:
+            tensor = named[key]
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in before:
                 self.parameters[key] = tensor
             elif id(tensor) in holders and id(tensor) not in before:
@@ -204,13 +207,11 @@ class Tuner(Method):
     def _check_company(self) -> None:
         for name in self.names:
             for other in self._others_on(self.inner.get_submodule(name)):
-                if other.kind == self.kind and self.stacks:
-                    continue
-                if other.kind == self.kind:
+                if other.kind == self.kind and not self.stacks:
                     raise UserError(
                         f"adapt: '{name}' has '{self.name}' twice: peft lets one of them act; leave one"
                     )
-                if not self.nests:
+                if other.kind != self.kind and not self.nests:
                     raise UserError(
                         f"adapt: '{self.name}' must hold the plain layer '{name}', which '{other.name}' "
                         f"holds already: put '{self.name}' first in the list, or give them other layers"

@@ -119,12 +119,13 @@ def to_meta(inner: nn.Module) -> None:
 
 
 def named_tensors(
-    tuner: nn.Module, configs: dict[str, Any], adapter: str
+    tuner: nn.Module, names: list[str], config: Any, adapter: str
 ) -> tuple[dict[str, Tensor], dict[int, tuple[Any, str]]]:
     """An adapter's tensors by the keys of peft's own files, and where each tensor is held.
 
     Args:
-        configs: of all adapters of the model by name, so that others' tensors are told apart.
+        names: of all adapters of the model, so that others' tensors are told apart.
+        config: peft's, of this adapter.
 
     Returns:
         (tensors by key; by a tensor's id what holds it, a module or a plain dictionary, and its name there)
@@ -133,7 +134,7 @@ def named_tensors(
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     whole: Any = nn.Module()
-    whole.base_model, whole.peft_config = tuner, configs
+    whole.base_model, whole.peft_config = tuner, dict.fromkeys(names, config)
     named = get_peft_model_state_dict(
         whole, state_dict=whole.state_dict(keep_vars=True), adapter_name=adapter, save_embedding_layers=False
     )

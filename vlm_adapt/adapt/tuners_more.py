@@ -1,10 +1,18 @@
 """More of peft's tuners of linear layers by name, one tiny class each; see tuners.py.
 
-Knows literals only.
+Knows literals, and where a tuner needs a hand.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm_adapt.adapt.place import Place
 from vlm_adapt.adapt.tuner import Tuner
 
 
@@ -107,6 +115,19 @@ class Osf(Tuner):
     nests = False
     stacks = False
     example = {"effective_rank": 0.5}
+
+    def attach(self, place: Place) -> None:
+        """As in Tuner; peft's projection of gradients stays float32 where backward runs under autocast."""
+        super().attach(place)
+        for parameter in self.parameters.values():
+            hooks: Any = parameter._backward_hooks
+            for key, hook in (hooks or {}).items():
+                hooks[key] = partial(_without_autocast, hook)
+
+
+def _without_autocast(hook: Callable[[Tensor], Tensor], grad: Tensor) -> Tensor:
+    with torch.autocast(grad.device.type, enabled=False):
+        return hook(grad)
 
 
 class Deft(Tuner):

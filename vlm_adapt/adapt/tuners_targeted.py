@@ -88,7 +88,7 @@ class TrainableTokens(Tuner):
     layers = ("embedding",)
     additive = False
     nests = False
-    example = {"token_indices": [5, 6, 7]}
+    example = {"token_indices": [2, 294, 306]}
 
     def __init__(self, token_indices: Sequence[int], init_weights: bool = True):
         ids = list(token_indices) if isinstance(token_indices, list | tuple) else []
