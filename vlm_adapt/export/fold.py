@@ -28,6 +28,7 @@ from vlm_adapt.export.tower import save_tower
 from vlm_adapt.models.adapters import Adapters, labels_of, shared
 from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.restore import build_base, load_method, load_statistics, plan_of, read_checkpoint
+from vlm_adapt.quiet import quiet
 
 # As a share of the largest logit: one product takes the place of three, summed in another order.
 FOLDED = 1e-4
@@ -144,6 +145,7 @@ class Merge:
             load_method(item, self.folder / labels[id(line)])
         return made
 
+    @quiet()
     def write(self, target: Path, state: dict[str, Any], kind: torch.dtype) -> dict[str, str]:
         """Write the parts, what stays on top, and the words; returns what became of tower and language."""
         assembled, run = self.assembled, self.run

@@ -144,8 +144,8 @@ def join(line: Adapt, method: Any, tensors: Sequence[dict[str, Tensor]]) -> tupl
     count = len(tensors)
     if getattr(method, "changes_base", False):
         raise UserError(
-            f"a soup of '{line.method}' that began as '{line.options.get('init_lora_weights')}' cannot be made: "
-            "each took its start out of the base's weights; average runs that began from zero, or merge them"
+            f"a soup of '{line.method}' begun as '{line.options.get('init_lora_weights')}' cannot be made: each "
+            "took its start out of the base's weights; average runs that began from zero, or merge them"
         )
     settings: dict[str, Any] = getattr(method, "settings", {})
     rank = settings.get("r") or method.r
@@ -185,8 +185,8 @@ def _save(method: Any, sources: Sequence[Path], target: Path, tensors: dict[str,
     for key in fixed:
         if any(not torch.equal(found[0][key], other[key]) for other in found[1:]):
             raise UserError(
-                f"the adapters' '{key}' of '{method.name}' are drawn at random or counted, and differ: a mean "
-                "of what was trained beside them means nothing; train with one seed"
+                f"the adapters' '{key}' of '{method.name}' are drawn at random or counted, and differ: a "
+                "mean of what was trained beside them means nothing; train with one seed"
             )
     save_file(tensors | {key: found[0][key] for key in fixed}, target / method.file_name)
 
