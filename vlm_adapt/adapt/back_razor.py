@@ -29,7 +29,7 @@ from vlm_adapt.attention.products import KEPT
 from vlm_adapt.errors import UserError
 
 ACTIVATIONS = ("gelu", "silu", "relu", "swish", "mish", "sigmoid", "tanh", "activation")
-SMALL = 16  # a tensor with fewer values than a 16th of the layer's input is a statistic: kept as it is
+SMALL = 16  # fewer values than a 16th of the layer's input, or one a token, are statistics: kept as they are
 INPUTS = ("hidden_states", "x", "query", "key", "value", "key_value_states")  # names of activations
 
 
@@ -102,6 +102,8 @@ class Call:
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         self.size = first.numel() if first is not None else 0
         self.samples = len(first) if first is not None and first.ndim else 1
+        # Asked here: while autocast runs an operation, it says that it is off.
+        self.autocast = first is not None and torch.is_autocast_enabled(first.device.type)
         self.only: set[int] | None = None  # storages that alone are kept sparsely
         self.never: set[int] = set()  # of what the layer is told and does not compute: masks, angles
         given = {f"{place}": value for place, value in enumerate(args)} | kwargs
@@ -121,7 +123,8 @@ class Call:
         storage = storage_of(tensor)
         if self.only is not None and storage not in self.only:
             return tensor
-        if tensor.numel() * SMALL < self.size or storage in self.never or self._is_weight(tensor, storage):
+        small = tensor.numel() * SMALL < self.size or tensor.shape[-1] == 1
+        if small or storage in self.never or self._is_weight(tensor, storage):
             return tensor
         return self.keeper.keep(tensor, self.samples)
 
@@ -130,7 +133,7 @@ class Call:
         own = list(self.module.parameters())
         if any(storage_of(parameter) == storage for parameter in own):
             return True
-        if not torch.is_autocast_enabled(tensor.device.type):
+        if not self.autocast:
             return False
         shape = sorted(tensor.shape)
         same = [p for p in own if p.ndim == tensor.ndim and sorted(p.shape) == shape]

@@ -6,9 +6,9 @@
 
 LST, Sung et al. 2022, arXiv 2206.06522, section 3.2. The backbone is handed its input without its history:
 nothing in it needs a gradient, and it keeps nothing for the backward pass but the outputs of its blocks,
-which are the inputs of `down`. What led to its input (a connector, a tower) gets its gradient by `start` alone:
-the part of it that would have come back through the frozen blocks is what is saved here. Knows blocks by their
-calls; knows nothing about towers, languages or files.
+which are the inputs of `down`. What led to its input (a connector, a tower) gets its gradient by `start`
+alone: the rest of it, back through the frozen blocks, is what is saved here. Knows blocks by their calls;
+knows nothing about towers, languages or files.
 """
 
 from __future__ import annotations
