@@ -307,3 +307,27 @@ def test_chat_restores_and_talks(tmp_path: Path, plan: str) -> None:
     one, two = (rows.batch(s.assembled, [row]) for s in (session, again))
     row.pixels = session.history.turns[-1].pixels
     assert (session.assembled.model.logits(one) - again.assembled.model.logits(two)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("language", "prefix_lm"), [("llama", False), ("llama", True), ("gpt2", False), ("t5", True)]
+)
+def test_a_model_without_prompts_reads_over_the_places(parts: Path, language: str, prefix_lm: bool) -> None:
+    """A teacher's losses, and those of switched-off vectors, are the base's on the student's own batches."""
+    base = rows.assemble(parts / "vit", parts / language, template="bare", prefix_lm=prefix_lm)
+    ours = adapted(parts, language, [PROMPT, PREFIX], prefix_lm=prefix_lm)
+    made, plain = (texts(one)[:3] for one in (ours, base))
+    want, _ = run(base, plain)
+    for packed in ([made[:2], made[2:]], made):
+        if language == "t5" and packed is not made:
+            continue
+        got, _ = run(base, packed)
+        torch.testing.assert_close(got, want, **NEAR)
+    prompts = [rows.row(ours, ours.template.conversation(rows.chat(q)), learn=False) for q in QUESTIONS]
+    bare = [rows.row(base, base.template.conversation(rows.chat(q)), learn=False) for q in QUESTIONS]
+    written = [base.model.generate(rows.batch(base, r), Generation(4), set()) for r in (prompts, bare)]
+    assert written[0] == written[1]
+    batch = rows.batch(ours, made)
+    for item in ours.plan.attached:
+        item.method.set_active(False)
+    torch.testing.assert_close(ours.model(batch)[1], want, **NEAR)

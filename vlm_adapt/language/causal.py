@@ -143,7 +143,7 @@ class CausalLanguage(Language):
         if "flash" in str(self.config._attn_implementation):
             raise UserError(
                 f"attention '{self.config._attn_implementation}' takes no mask, which branches, a two-way "
-                "prompt and padded prompts need: set model.language.attention to 'sdpa'"
+                "prompt, a learned prefix and padded prompts need: set model.language.attention to 'sdpa'"
             )
 
         def mask(window: int) -> Tensor:

@@ -18,7 +18,7 @@ from vlm_adapt.data.patches import Patches
 from vlm_adapt.language.language import Generation, Language, LanguageInput
 from vlm_adapt.language.places import Prompt
 from vlm_adapt.models.feature_cache import FeatureCache
-from vlm_adapt.models.masks import layout
+from vlm_adapt.models.masks import layout, without_places
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.splice import splice
 from vlm_adapt.vision.navit_tower import NativeTower
@@ -85,6 +85,8 @@ class VisionLanguageModel(nn.Module):
 
     def inputs(self, batch: Batch, tokens: Tensor | None = None) -> LanguageInput:
         """Steps 1 to 4: everything before the language. `tokens` are the images', if they are known."""
+        if not self.language.prompts.tokens and batch.prompt_positions_DP.numel():
+            batch = without_places(batch)
         embeds_BTD = self.language.embed(batch.ids_BT).to(self.compute_dtype)
         tokens = self.image_tokens(batch.images) if tokens is None else tokens
         embeds_BTD = splice(embeds_BTD, tokens.flatten(0, -2), batch.image_positions_K)
