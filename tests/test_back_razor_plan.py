@@ -1,4 +1,4 @@
-"""Back Razor in whole languages and in plans: bytes of all layers, what it leaves alone, what it goes with."""
+"""Back Razor in whole languages and in plans: bytes of all layers, what it leaves alone, its company."""
 
 from __future__ import annotations
 

@@ -97,6 +97,8 @@ class Contract:
 def checksum(parameter: nn.Parameter) -> int:
     """A sum over the bits of the values this rank holds; any changed bit changes it."""
     values = getattr(parameter, "ds_tensor", parameter).detach().flatten().contiguous()
+    if values.storage_offset() * values.element_size() % 8:
+        values = values.clone()  # behind a weight of an odd size, in ZeRO's one buffer
     words = len(values) * values.element_size() // 8 * 8 // values.element_size()
     # As 64-bit words it needs no copy; sums wrap around, which is as good.
     total = int(values[:words].view(torch.int64).sum()) if words else 0
