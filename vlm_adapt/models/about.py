@@ -31,13 +31,15 @@ def settings_of(entry: str) -> tuple[list[str], bool]:
             names = [one.arg for one in arguments if one.arg not in SUPPLIED]
             hands_on = node.args.kwarg is not None
     inherited: list[str] = []
+    passed_on = False
     for parent in parents:
-        inherited += settings_of(parent)[0]
+        theirs, more = settings_of(parent)
+        inherited, passed_on = inherited + theirs, passed_on or more
     own_init = any(isinstance(node, ast.FunctionDef) and node.name == "__init__" for node in kind.body)
     if own_init and not hands_on:
         return names, False
     # What `**more` takes goes to the parents where they have settings, else to a library.
-    return list(dict.fromkeys(names + inherited)), hands_on and not inherited
+    return list(dict.fromkeys(names + inherited)), passed_on or (hands_on and not inherited)
 
 
 def constants_of(entry: str) -> dict[str, Any]:
