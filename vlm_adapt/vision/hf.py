@@ -19,7 +19,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.hf_load import image_spec_of, load_model
 from vlm_adapt.vision.loading import Source
-from vlm_adapt.vision.tower import Tower, check_image_size
+from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms
 
 Grid = tuple[int, int]
 Embedded = tuple[Tensor, dict[str, Any]]
@@ -144,6 +144,7 @@ class WholeModelTower(Tower):
 
     def __init__(self, model: Any, image_spec: ImageSpec, final_norm: bool | None = None):
         model.eval()
+        mend_batch_norms(model)
         with torch.no_grad():
             maps = _hidden_states(model, torch.zeros(1, 3, *image_spec.size), final_norm)
         names = [

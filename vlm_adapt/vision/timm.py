@@ -18,7 +18,7 @@ from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
-from vlm_adapt.vision.tower import Tower, check_image_size
+from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms
 from vlm_adapt.vision.windows import fit_windows as fit_windows_of
 
 # Modules that no intermediate feature passes through.
@@ -49,6 +49,7 @@ class TimmTower(Tower):
         plain = len({entry["reduction"] for entry in info}) == 1
         take_off_head(trunk, len(info), keep_norm=final_norm)
         trunk.eval()
+        mend_batch_norms(trunk)
         with torch.no_grad():
             pixels_NCHW = torch.zeros(1, 3, *image_spec.size, dtype=next(trunk.parameters()).dtype)
             # One block tells all about a plain ViT; stages differ.

@@ -179,6 +179,23 @@ class Tower(nn.Module):
         return self
 
 
+def mend_batch_norms(encoder: nn.Module) -> None:
+    """Give the batch norms of an encoder the gradients of one image alone in plain order.
+
+    On the CPU torch's backward of a batch norm in evaluation mode misreads such a gradient where it comes
+    from tokens that were reshaped to a map (TinyViT): the strides of one image fit two orders. What it then
+    gives is wrong by as much as the gradient is long, without a word.
+    """
+
+    def plain(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad and len(output) == 1:
+            output.register_hook(Tensor.contiguous)
+
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_hook(plain)
+
+
 def silence(tower: Tower) -> None:
     """Set the encoder's own dropout and stochastic depth to zero, with a note if there was any.
 
