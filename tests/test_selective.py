@@ -107,6 +107,8 @@ def test_switch_and_merge(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(run(), after)
     method.set_active(False)
     method.merge()
+    assert torch.equal(run(), after) and not method.parameters
+    method.set_active(False)  # there is no other value any more
     assert torch.equal(run(), after)
 
 

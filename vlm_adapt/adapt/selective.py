@@ -34,7 +34,7 @@ class Selective(Method):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept: Kept | None = None
+        self.kept = Kept({})
 
     def attach(self, place: Place) -> None:
         """Name the parameters, and keep the base's values.
@@ -53,12 +53,12 @@ class Selective(Method):
     def set_active(self, active: bool) -> None:
         """Put the trained values in place, or the base's own."""
         super().set_active(active)
-        assert self.kept is not None
         self.kept.show(active)
 
     def merge(self) -> None:
-        """Nothing to fold: they are the base's weights."""
+        """Nothing to fold: the trained values are the base's from now on."""
         self.set_active(True)
+        self.kept, self.parameters = Kept({}), {}
 
 
 class BitFit(Selective):
