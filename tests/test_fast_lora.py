@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import pytest
+import tiny_languages
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_adapt.adapt import fast_lora
 from vlm_adapt.adapt.fast_lora import FastLinear, LowRankLinear, speed_up
+from vlm_adapt.adapt.lora import Lora
+from vlm_adapt.adapt.place import Place
+from vlm_adapt.language.causal import CausalLanguage
 
 torch.set_num_threads(1)
 CLOSE = {"atol": 1e-6, "rtol": 1e-6}  # float32, sums of 24 terms
@@ -235,3 +239,13 @@ def test_inputs_without_a_gradient() -> None:
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         if mine.requires_grad:
             torch.testing.assert_close(mine.grad, other.grad, **CLOSE, msg=name)
+
+
+def test_a_plan_takes_it(calls: list[int]) -> None:
+    """LoRA's layers of a language; GPT-2's transposed ones stay peft's."""
+    for family, fast in (("llama", 14), ("gpt2", 0)):
+        language = CausalLanguage(tiny_languages.model(family))
+        Lora(r=2).attach(Place("language", language))
+        calls.clear()
+        language.model(input_ids=torch.tensor([[5, 6, 7]]))
+        assert len(calls) == fast

@@ -85,7 +85,7 @@ def step(language: Any, optimizer: Any, ids_BT: Any) -> tuple[float, float]:
     (total / len(losses_N)).backward()
     optimizer.step()
     optimizer.zero_grad()
-    return time.process_time() - before, float(total) / len(losses_N)
+    return time.process_time() - before, float(total.detach()) / len(losses_N)
 
 
 def measure(model: str, rank: int, batch: int, length: int, rounds: int) -> dict[str, Any]:

@@ -102,6 +102,8 @@ class Lora(Tuner):
 
     def attach(self, place: Place) -> None:
         """As in Tuner; weights of the base that the start changes are kept on the CPU, to switch back."""
+        from vlm_adapt.adapt.fast_lora import speed_up
+
         self.on_meta = place.device.type == "meta"
         before: dict[int, Tensor] = {}
         if self.changes_base and not self.on_meta:
@@ -111,6 +113,7 @@ class Lora(Tuner):
                 if isinstance(base._parameters.get("weight"), nn.Parameter):
                     before[id(base)] = base.weight.detach().to("cpu", copy=True)
         super().attach(place)
+        speed_up(self.inner)
         for layer in self.my_layers():
             layer.register_forward_pre_hook(_leave_to_autocast)
             base = layer.get_base_layer()

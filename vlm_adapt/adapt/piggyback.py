@@ -71,6 +71,8 @@ class Piggyback(Method):
     paper = "Mallya et al. 2018, arXiv 1801.06519"
     order = 2  # after wrappers of layers: the mask is inside of them, and is merged before them
     mergeable = True
+    # Not 5e-3: Adam's first step would put half of all masks on the threshold itself.
+    example = {"learning_rate": 3e-3}
 
     def __init__(self, target_modules: str | Sequence[str] = "all"):
         super().__init__()
