@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vlm_adapt.adapt.back_razor import BackRazor
 from vlm_adapt.adapt.place import Place
 from vlm_adapt.adapt.saved_memory import saved_bytes
-from vlm_adapt.adapt.sparse_saved import Keeper, Sparse, kept_of, pack_bits, unpack_bits
+from vlm_adapt.adapt.sparse_saved import Keeper, Sparse, kept_of, largest, pack_bits, unpack_bits
 
 torch.set_num_threads(1)
 NEAR: dict[str, Any] = {"atol": 1e-6, "rtol": 1e-5}  # float32, the same products in another order
@@ -57,7 +57,7 @@ def test_bits(count: int) -> None:
 def test_bytes_are_those_of_the_paper(dtype: torch.dtype) -> None:
     """ceil(n / 8) + k c, exactly; 7.62 times fewer of float32 at 90 %."""
     values_SN = torch.randn(4, 25_007).to(dtype)
-    sparse = Sparse(values_SN, 0.9)
+    sparse = Sparse(values_SN, largest(values_SN, 0.9))
     n, kept = values_SN.numel(), 4 * (25_007 - math.floor(25_007 * 0.9))
     assert sparse.nbytes == -(-n // 8) + kept * dtype.itemsize
     if dtype == torch.float32:
@@ -81,6 +81,11 @@ def test_each_sample_keeps_its_own() -> None:
         assert torch.equal(
             got, want.flatten(0, 1) if got.ndim == 2 else want.mT if got.shape[1] == 10 else want
         )
+    row = torch.randn(2, 9, 4)  # two heads of texts of 2 and 7 tokens
+    texts = keeper.keep(row, 1, [0, 2, 9]).tensor()
+    for start, end in ((0, 2), (2, 9)):
+        want = masked(row[:, start:end], 0.9, 1)
+        assert torch.equal(texts[:, start:end], want)
     gaps = torch.randn(2, 5, 20)[:, :, ::2]
     assert torch.equal(keeper.keep(gaps, 2).tensor(), masked(gaps, 0.9))
 

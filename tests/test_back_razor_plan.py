@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import rows
+import test_packing
 import tiny
 import tiny_languages
 import torch
@@ -103,7 +104,7 @@ def test_bytes_of_a_language(attention: str) -> None:
 def test_what_is_never_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, rotary angles, statistics of norms; and under autocast the weights' copies in bf16."""
     kept: list[Tensor] = []
-    monkeypatch.setattr(Keeper, "keep", lambda self, tensor, samples: kept.append(tensor) or tensor)
+    monkeypatch.setattr(Keeper, "keep", lambda self, tensor, *more: kept.append(tensor) or tensor)
     language = language_of("llama", "eager")
     planned(language, {"method": "full"}, {"method": "back_razor"})
     told: list[Tensor] = []
@@ -157,3 +158,16 @@ def test_refused(sparsity: Any) -> None:
     with pytest.raises(UserError, match="a sparsity from 0 to below 1") as caught:
         BackRazor(sparsity)
     tiny.sentence(caught)
+
+
+def test_rows_and_texts_make_no_difference(tmp_path: Path) -> None:
+    """Each text keeps its own values, whatever lies beside it: packed, in a batch, or alone."""
+    ours = rows.assemble(tiny.vit(tmp_path / "vit"), tiny.llama(tmp_path / "llama"))
+    lines = [{"method": "full", "where": "language"}, {"method": "back_razor", "where": "language"}]
+    ours.adapt([[Adapt.model_validate(one) for one in lines]])
+    made = test_packing.texts(ours)
+    want = test_packing.alone(ours, made)
+    for packed in ([made], made, [made[:2], made[2:]]):
+        losses_N, found = test_packing.run(ours, packed)
+        torch.testing.assert_close(losses_N, want[0], **test_packing.NEAR)
+        test_packing.same(found, want[1])

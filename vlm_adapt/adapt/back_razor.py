@@ -15,6 +15,7 @@ loss and the head, which lie outside the blocks; parameters, statistics of norms
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from vlm_adapt.adapt.place import Place
 from vlm_adapt.adapt.sparse_saved import Keeper, Saved
 from vlm_adapt.attention import NAME
 from vlm_adapt.attention.products import KEPT
+from vlm_adapt.attention.texts import TextMask
 from vlm_adapt.errors import UserError
 
 ACTIVATIONS = ("gelu", "silu", "relu", "swish", "mish", "sigmoid", "tanh", "activation")
@@ -37,7 +39,8 @@ class BackRazor(Method):
     """Sparse activations for the backward pass of a part, whatever trains there.
 
     Args:
-        sparsity: the share of each activation that is dropped, per sample (a packed row is one sample).
+        sparsity: the share of each activation that is dropped, per sample: a picture, a text (each of a
+            packed row's for itself, where our own attention or FlashAttention reads it), else a row.
 
     With gradient checkpointing what Back Razor treats is still kept, sparsely; the rest is computed again.
     """
@@ -56,6 +59,7 @@ class BackRazor(Method):
         self.sparsity = float(sparsity)
         self.keeper = Keeper(self.sparsity)
         self._open: list[tuple[nn.Module, Any]] = []
+        self._starts: Sequence[int] = ()  # of the texts of the row that the blocks read now
 
     def attach(self, place: Place) -> None:
         """Listen to the layers that are treated; nothing is replaced."""
@@ -63,6 +67,7 @@ class BackRazor(Method):
         inside = place.inside()
         found: dict[int, nn.Module] = {}
         for _, name, block in place.blocks():
+            block.register_forward_pre_hook(self._look, with_kwargs=True)
             for module in block.modules():
                 if id(module) in inside and is_treated(module):
                     found[id(module)] = module
@@ -76,10 +81,14 @@ class BackRazor(Method):
             module.register_forward_pre_hook(self._enter, with_kwargs=True)
             module.register_forward_hook(self._leave, always_call=True)
 
+    def _look(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find where the texts of a row lie: only a block is told."""
+        self._starts = starts_of((*args, *kwargs.values()), kwargs)
+
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.active or not torch.is_grad_enabled():
             return
-        call = Call(self.keeper, module, args, kwargs)
+        call = Call(self.keeper, module, args, kwargs, self._starts)
         hooks = torch.autograd.graph.saved_tensors_hooks(call.pack, unpack)
         hooks.__enter__()
         self._open.append((module, hooks))
@@ -95,10 +104,18 @@ class Call:
     Args:
         keeper: keeps them.
         module: the layer, called with `args` and `kwargs`.
+        starts: where the texts of a row begin, if it holds several.
     """
 
-    def __init__(self, keeper: Keeper, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        self.keeper, self.module = keeper, module
+    def __init__(
+        self,
+        keeper: Keeper,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        starts: Sequence[int] = (),
+    ):
+        self.keeper, self.module, self.starts = keeper, module, starts
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         self.size = first.numel() if first is not None else 0
         self.samples = len(first) if first is not None and first.ndim else 1
@@ -114,7 +131,9 @@ class Call:
             self.only = {storage_of(first)} if first is not None else set()
             self.never = set()
         elif kind == "by text":
-            self.samples = 1  # heads come first there, and texts after another
+            self.samples = 1  # heads come first there, and texts one after another
+            if not starts and first is not None:
+                self.starts = [row * first.shape[1] for row in range(len(first) + 1)]
 
     def pack(self, tensor: Tensor) -> Tensor | Saved:
         """Called by autograd for each tensor that it saves."""
@@ -126,7 +145,7 @@ class Call:
         small = tensor.numel() * SMALL < self.size or tensor.shape[-1] == 1
         if small or storage in self.never or self._is_weight(tensor, storage):
             return tensor
-        return self.keeper.keep(tensor, self.samples)
+        return self.keeper.keep(tensor, self.samples, self.starts)
 
     def _is_weight(self, tensor: Tensor, storage: int) -> bool:
         """Whether it is a parameter of the layer, or autocast's copy of one."""
@@ -184,6 +203,15 @@ def attention_kind(module: nn.Module, first: Tensor | None, kwargs: dict[str, An
         return "separate"
     longest = getattr(mask, "longest", first.shape[1])
     return "by text" if longest <= KEPT else "fused"
+
+
+def starts_of(values: Sequence[Any], names: dict[str, Any]) -> list[int]:
+    """Where the texts of a row begin, and their end: of our own mask, or as FlashAttention is told."""
+    mask = next((value for value in values if isinstance(value, TextMask)), None)
+    if mask is not None:
+        return list(mask.starts)
+    told = names.get("cu_seq_lens_q")
+    return told.tolist() if isinstance(told, Tensor) else []
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -8,7 +8,7 @@ Knows tensors; knows nothing about layers or training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -25,16 +25,14 @@ class Sparse:
     """The values of a flat tensor that are kept, and one bit for each of its places.
 
     Args:
-        values_SN: samples of N values each.
-        sparsity: share of each sample's values that is dropped, the smallest absolute ones; of equals any.
+        values: of any shape.
+        kept: True where a value is kept, of the same shape.
     """
 
-    def __init__(self, values_SN: Tensor, sparsity: float):
-        samples, count = values_SN.shape
-        self.count, self.dtype = samples * count, values_SN.dtype
-        kept_SN = largest(values_SN, kept_of(count, sparsity))
-        self.values = values_SN[kept_SN]
-        self.bits = pack_bits(kept_SN.flatten())
+    def __init__(self, values: Tensor, kept: Tensor):
+        self.count, self.dtype = values.numel(), values.dtype
+        self.values = values[kept]
+        self.bits = pack_bits(kept.flatten())
         self.source: StorageWeakRef | None = None  # the memory it was made from, while that lives
 
     @property
@@ -70,22 +68,36 @@ class Keeper:
         self.sparsity = sparsity
         self._known: WeakValueDictionary[tuple[Any, ...], Sparse] = WeakValueDictionary()
 
-    def keep(self, tensor: Tensor, samples: int) -> Saved:
-        """Keep a floating-point tensor whose outermost dimension goes over samples.
+    def keep(self, tensor: Tensor, samples: int, starts: Sequence[int] = ()) -> Saved:
+        """Keep a floating-point tensor, the largest values of each of its samples.
 
         Args:
-            samples: how many; a tensor that cannot be parted so is one sample.
+            samples: how many the outermost dimension goes over; what cannot be parted so is one sample.
+            starts: where samples of different lengths begin and the last one ends, along the dimension
+                before the last, in tensors that have as many places there.
         """
         if not is_dense(tensor):
             tensor = tensor.contiguous()
         storage = tensor.untyped_storage()
         count = tensor.numel()
         samples = samples if samples and outermost(tensor) % samples == 0 else 1
-        key = (storage._cdata, tensor.storage_offset(), count, tensor.dtype, tensor._version, samples)
+        apart = bool(starts) and tensor.ndim > 1 and tensor.shape[-2] == starts[-1] and tensor.is_contiguous()
+        parted = len(starts) if apart else -samples
+        key = (storage._cdata, tensor.storage_offset(), count, tensor.dtype, tensor._version, parted)
         found = self._known.get(key)
         if found is None or found.source is None or found.source.expired():
-            flat_SN = tensor.as_strided((samples, count // samples), (count // samples, 1))
-            found = Sparse(flat_SN, self.sparsity)
+            if apart:
+                values = tensor.flatten(0, -3) if tensor.ndim > 2 else tensor[None]
+                kept = torch.zeros_like(values, dtype=torch.bool)
+                for start, end in zip(starts, starts[1:], strict=False):
+                    if end > start:
+                        part = values[:, start:end]
+                        flags = largest(part.reshape(1, -1), self.sparsity)
+                        kept[:, start:end] = flags.view_as(part)
+            else:
+                values = tensor.as_strided((samples, count // samples), (count // samples, 1))
+                kept = largest(values, self.sparsity)
+            found = Sparse(values, kept)
             found.source = StorageWeakRef(storage)
             self._known[key] = found
         for watcher in WATCHERS:
@@ -98,8 +110,9 @@ def kept_of(count: int, sparsity: float) -> int:
     return max(1, count - math.floor(count * sparsity + 1e-9))  # 0.9 * 10 is a little below 9
 
 
-def largest(values_SN: Tensor, kept: int) -> Tensor:
-    """True at exactly `kept` values of each sample, those of the largest magnitude."""
+def largest(values_SN: Tensor, sparsity: float) -> Tensor:
+    """True at the values of each sample that are kept, those of the largest magnitude; of equals at any."""
+    kept = kept_of(values_SN.shape[1], sparsity)
     places_SK = values_SN.abs().topk(kept, dim=1, sorted=False).indices
     return torch.zeros_like(values_SN, dtype=torch.bool).scatter_(1, places_SK, True)
 
