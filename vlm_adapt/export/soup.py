@@ -143,9 +143,10 @@ def join(line: Adapt, method: Any, tensors: Sequence[dict[str, Tensor]]) -> tupl
     """
     count = len(tensors)
     if getattr(method, "changes_base", False):
+        begun = line.options.get("init_lora_weights")
         raise UserError(
-            f"a soup of '{line.method}' begun as '{line.options.get('init_lora_weights')}' cannot be made: each "
-            "took its start out of the base's weights; average runs that began from zero, or merge them"
+            f"no soup of '{line.method}' begun as '{begun}' can be made: each took its start out of the "
+            "base's weights; average runs that began from zero, or merge them"
         )
     settings: dict[str, Any] = getattr(method, "settings", {})
     rank = settings.get("r") or method.r

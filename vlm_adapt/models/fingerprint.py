@@ -51,7 +51,11 @@ def fingerprint(model: VisionLanguageModel, config: Model) -> Fingerprint:
     vision, language, connector = config.vision, config.language, config.connector
     defaults = connector_options(connector.name)
     given = {key: value for key, value in connector.options.items() if defaults.get(key) != value}
-    plain: dict[str, Any] = {"name": connector.name, "options": given, "layers": list(model.vision.resolve(model.layers))}
+    plain: dict[str, Any] = {
+        "name": connector.name,
+        "options": given,
+        "layers": list(model.vision.resolve(model.layers)),
+    }
     plain |= {"width": model.language.width, "state_size": config.state_size}
     return {
         "vision": {
@@ -97,6 +101,11 @@ def check_base(
             before, now = theirs.get(mark, ""), ours.get(mark, "")
             if (part, mark) == ("connector", "weights") and "connector-full" in labels:
                 continue
+            if before and now and before != now and (part, mark) == ("connector", "weights"):
+                raise UserError(
+                    f"{whose} builds on a connector '{ours['name']}' that was drawn with another seed and "
+                    "not trained in full: give both the same seed, or train the connector with method full"
+                )
             if before and now and before != now:
                 name, other = theirs.get("name", "?"), ours["name"]
                 beside = " of the same name, whose files have changed" if name == other else ""
