@@ -77,16 +77,21 @@ def test_never_again_on_resume(parts: Path, first: Path, tmp_path: Path, capsys:
 
 
 def test_a_later_stage_begins_and_earlier_methods_stay(parts: Path, first: Path, tmp_path: Path) -> None:
+    """What stage a made of its start is not overwritten by that start when stage b begins."""
+    connector = {"method": "full", "where": "connector"}
     stages = [
-        {"name": "a", "adapt": [{"method": "full", "where": "connector", "start": str(first)}]},
-        {"name": "b", "adapt": [{"method": "full", "where": "connector"}, *begun(first)]},
+        {"name": "a", "adapt": [connector | {"start": str(first), "learning_rate": 1e-2}]},
+        {"name": "b", "adapt": [connector | {"learning_rate": 1e-30}, *begun(first, learning_rate=1e-30)]},
     ]
-    run = tiny.run_of(parts, tmp_path / "out", stages=stages, train__max_steps=2, train__learning_rate=1e-30)
-    assert train(run) == 0
-    folder = tmp_path / "out" / "checkpoint-4"
+    changes = {"stages": stages, "train__max_steps": 2, "train__save_total_limit": 9}
+    assert train(tiny.run_of(parts, tmp_path / "out", **changes)) == 0
     name = "connector-full/model.safetensors"
-    kept, there = load_file(folder / name), load_file(first / "checkpoint-3" / name)
-    assert all(torch.equal(kept[key], there[key]) for key in there)
+    folders = (first / "checkpoint-3", tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-4")
+    begun_from, after_a, after_b = (load_file(folder / name) for folder in folders)
+    assert not any(torch.equal(after_a[key], begun_from[key]) for key in after_a)
+    assert all(torch.equal(after_b[key], after_a[key]) for key in after_a)
+    lora, there = weights(folders[2]), weights(folders[0])
+    assert all(torch.equal(lora[key], there[key]) for key in there)
 
 
 def test_labels() -> None:
@@ -100,6 +105,8 @@ def test_labels() -> None:
         )
     ]
     assert starts([lines[:1], lines]) == {"language-lora-2": "x", "language-ia3": "y"}
+    twice = [lines[1], lines[1].model_copy(update={"start": "z"})]
+    assert starts([twice, twice]) == {"language-lora": "x", "language-lora-2": "z"}
 
 
 def test_a_second_module_may_begin_from_the_only_one(first: Path) -> None:

@@ -31,15 +31,17 @@ def starts(stages: Sequence[Sequence[Adapt]]) -> dict[str, str]:
     seen: list[dict[str, object]] = []
     found: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for line in (line for stage in stages for line in stage):
-        plain = line.model_dump(exclude={"start", "learning_rate"})
-        if plain in seen:
-            continue
-        seen.append(plain)
-        label = f"{line.where}-{line.method}"
-        counts[label] = counts.get(label, 0) + 1
-        if line.start is not None:
-            found[label + (f"-{counts[label]}" if counts[label] > 1 else "")] = line.start
+    for stage in stages:
+        earlier = list(seen)  # equal lines of one stage are two methods
+        for line in stage:
+            plain = line.model_dump(exclude={"start", "learning_rate"})
+            if plain in earlier:
+                continue
+            seen.append(plain)
+            label = f"{line.where}-{line.method}"
+            counts[label] = counts.get(label, 0) + 1
+            if line.start is not None:
+                found[label + (f"-{counts[label]}" if counts[label] > 1 else "")] = line.start
     return found
 
 
