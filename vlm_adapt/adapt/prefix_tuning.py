@@ -76,7 +76,8 @@ class PrefixTuning(SoftPrompt):
         prefix_projection: make them by an MLP, as in Li and Liang; P-tuning v2 mostly does without. The MLP
             is for training: what is saved for use are the keys and values.
         encoder_hidden_size: h of that MLP; by default the language's width.
-        init_std: deviation of the first keys and values without the MLP (1 as in P-tuning v2).
+        init_std: deviation of the first keys and values without the MLP. P-tuning v2 and peft begin with
+            1, which an instructed language takes a dozen steps to get over (docs/log.md).
     """
 
     name = "prefix_tuning"
@@ -90,7 +91,7 @@ class PrefixTuning(SoftPrompt):
         num_virtual_tokens: int = 20,
         prefix_projection: bool = False,
         encoder_hidden_size: int | None = None,
-        init_std: float = 1.0,
+        init_std: float = 0.2,
     ):
         super().__init__(num_virtual_tokens)
         if not isinstance(prefix_projection, bool):
