@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -10,8 +12,8 @@ from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.timm import TimmTower
 
 torch.set_num_threads(1)
-NAMES = {
-    "tiny_vit_5m_224": {"embed_dims": (16, 32, 32, 64), "num_heads": (2, 2, 4, 4)},
+NAMES: dict[str, dict[str, Any]] = {
+    "tiny_vit_5m_224": {},  # with fewer channels torch takes another way, which is right
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 16, 32, 64)},
     "efficientnet_b0": {},
     "resnet10t": {},
@@ -24,7 +26,7 @@ def test_one_image_alone(name: str) -> None:
     tower = TimmTower(timm.create_model(name, num_classes=0, **NAMES[name]), ImageSpec((64, 64))).train()
     pixels_NCHW = torch.randn(3, 3, 64, 64)
     (features_NPD,) = tower(pixels_NCHW, [-1])
-    weights_NPD = torch.randn_like(features_NPD)
+    weights_NPD = torch.randn(features_NPD.shape)  # in plain order, as connectors hand gradients back
     found = []
     for shares in ([[0, 1, 2]], [[0, 1], [2]]):
         tower.zero_grad()
