@@ -73,7 +73,7 @@ def test_stacked_updates_add_up(parts: Path, runs: Path, tmp_path: Path) -> None
     several.add("other", other)
     several.use([])
     ours = several.assembled
-    wanted = {}
+    wanted: dict[str, Any] = {}
     for folder, scale in ((runs / "plain", 1.0), (other, 3.0)):
         tensors = load_file(folder / FILE)
         for key, down in tensors.items():

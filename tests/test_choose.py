@@ -57,7 +57,7 @@ def by_hand(folder: Path, shards: Path, field: str, k: int) -> float:
 
     from vlm_adapt.data.patches import load
 
-    ours = restore(folder)[0]
+    ours: Any = restore(folder)[0]
     pixels, labels = [], []
     with tarfile.open(shards) as tar:
         for member in sorted(tar.getnames()):

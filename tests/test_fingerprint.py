@@ -83,7 +83,7 @@ def test_one_value_of_a_norm_is_seen(parts: Path) -> None:
 def test_position_tables_are_no_mark(parts: Path) -> None:
     """They are interpolated to the image's size, which need not round alike everywhere."""
     made = build(model(parts), torch.float32)
-    table = next(p for n, p in made.model.vision.named_parameters() if "position_embed" in n)
+    table: Any = next(p for n, p in made.model.vision.named_parameters() if "position_embed" in n)
     with torch.no_grad():
         table += 1.0
     assert fingerprint(made.model, made.config) == made.base

@@ -67,7 +67,7 @@ def test_libraries_load_it(both: Path, tmp_path: Path) -> None:
     merge_checkpoint(both, tmp_path / "merged", "float32")
     language = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged" / "language")
     tower = transformers.AutoModel.from_pretrained(tmp_path / "merged" / "vision")
-    ours = restore(tmp_path / "merged")[0]
+    ours: Any = restore(tmp_path / "merged")[0]
     for mine, theirs in ((ours.model.language.model, language), (ours.model.vision.model, tower)):
         other = theirs.state_dict()
         assert all(torch.equal(value, other[key]) for key, value in mine.state_dict().items())
