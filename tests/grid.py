@@ -25,18 +25,29 @@ LENGTH = 5
 
 
 def built(parts: Path, method: str, side: str, seed: int = 0, **more: Any) -> Any:
-    """A model with one method on one side; the connector trains beside it unless it is the side."""
-    ours = rows.assemble(parts / "vit", parts / "llama", template="bare")
+    """A model with one method on one side; a connector with blocks where a plain one has none for it."""
+    try:
+        return assembled(parts, method, side, seed, "mlp", **more)
+    except UserError as error:
+        assert "\n" not in str(error)
+        refused = error
+    try:
+        if side == "connector":
+            return assembled(parts, method, side, seed, "resampler", **more)
+    except UserError as error:
+        refused = error
+    pytest.skip(f"refused in one sentence: {refused}")
+
+
+def assembled(parts: Path, method: str, side: str, seed: int, connector: str, **more: Any) -> Any:
+    """As `built`, or the sentence that refuses."""
+    ours = rows.assemble(parts / "vit", parts / "llama", connector, template="bare")
     line = {"method": method, "where": side, **ABOUT[method]["example"], **more}
     torch.manual_seed(seed)
     plain = [line]
     if not trains(method):
         plain.append({"method": "full", "where": side})
-    try:
-        ours.adapt([[Adapt.model_validate(one) for one in plain]])
-    except UserError as error:
-        assert "\n" not in str(error)
-        pytest.skip(f"refused in one sentence: {error}")
+    ours.adapt([[Adapt.model_validate(one) for one in plain]])
     return ours
 
 

@@ -20,7 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 
 
 @adapt.command("list")
-def list_methods(as_json: Json = False) -> None:
+def list_methods(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a table for a page.")] = False,
+) -> None:
     """Every method with its sides, one line, its paper, and its settings."""
     from vlm_adapt.models.about import constants_of, settings_of
 
@@ -40,6 +43,12 @@ def list_methods(as_json: Json = False) -> None:
         )
     if as_json:
         print(json.dumps(rows, indent=1))
+        return
+    if markdown:
+        print("| method | on | what trains | paper | merges |\n|---|---|---|---|---|")
+        for row in rows:
+            cells = (f"`{row['method']}`", ", ".join(row["where"]), row["summary"], row["paper"])
+            print(f"| {' | '.join(cells)} | {'yes' if row['merges'] else ''} |")
         return
     width = shutil.get_terminal_size((110, 24)).columns
     longest = max(len(row["method"]) for row in rows)

@@ -6,6 +6,7 @@ a hierarchical encoder (TinyViT, Swin, ConvNeXt, EfficientNet).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class TimmTower(Tower):
                 pixels_NCHW, indices=indices, stop_early=True, intermediates_only=True
             )
         shapes = [tuple(features_NDhw.shape) for features_NDhw in maps] * (len(info) if plain else 1)
-        names, layers = _find_blocks(trunk, [entry["module"] for entry in info])
+        names, layers, stages = _find_blocks(trunk, [entry["module"] for entry in info])
         super().__init__(
             image_spec,
             [shape[1] for shape in shapes],
@@ -66,6 +67,7 @@ class TimmTower(Tower):
             [f"trunk.{name}" for name in names],
             layers,
         )
+        self.stages = [(f"trunk.{stage}", layer) for stage, layer in stages]
         self.trunk: Any = trunk
         self.plain, self.final_norm = plain, final_norm
         self.tokens = plain and _gives_tokens(trunk, pixels_NCHW)
@@ -113,6 +115,11 @@ class TimmTower(Tower):
     def _norms_stages(self) -> bool:
         return any(hasattr(self.trunk, name) for name in ("norm", "norm_pre"))
 
+    def unused_modules(self, layers: Sequence[int] | None = None) -> list[str]:
+        """As in Tower; of stages behind the deepest layer also what is in no block (their downsampling)."""
+        deepest = max(self.resolve(layers))
+        return super().unused_modules(layers) + [name for name, layer in self.stages if layer > deepest]
+
     def _last_layer_modules(self) -> list[str]:
         return [
             f"trunk.{name}"
@@ -152,10 +159,11 @@ def take_off_head(trunk: Any, depth: int, keep_norm: bool = True) -> None:
             setattr(trunk, name, nn.Identity())
 
 
-def _find_blocks(trunk: Any, features: list[str]) -> tuple[list[str], list[int]]:
-    """Names of the blocks of a trunk in order, and the layer that each feeds."""
+def _find_blocks(trunk: Any, features: list[str]) -> tuple[list[str], list[int], list[tuple[str, int]]]:
+    """Names of the blocks of a trunk in order, the layer that each feeds, and stages with their layers."""
     names: list[str] = []
     layers: list[int] = []
+    staged: list[tuple[str, int]] = []
     children = dict(trunk.named_children())
     done = -1
     for layer, feature in enumerate(features):
@@ -169,6 +177,7 @@ def _find_blocks(trunk: Any, features: list[str]) -> tuple[list[str], list[int]]
         else:
             last = int(index.split(".")[0])
             stages, done = [f"{container}.{number}" for number in range(done + 1, last + 1)], last
+        staged += [(stage, layer) for stage in stages]
         for stage in stages:
             module = trunk.get_submodule(stage)
             inner = getattr(module, "blocks", None)
@@ -180,7 +189,7 @@ def _find_blocks(trunk: Any, features: list[str]) -> tuple[list[str], list[int]]
                 found = [stage]
             names += found
             layers += [layer] * len(found)
-    return names, layers
+    return names, layers, staged
 
 
 def build(
