@@ -157,6 +157,14 @@ def test_frozen_base_under_lora(ours: Any, first: str) -> None:
     with pytest.raises(UserError, match="another method sits on") as caught:
         plan.attached[0].method.merge()
     tiny.sentence(caught)
+    with torch.no_grad():
+        for parameter in plan.attached[1].method.parameters.values():
+            parameter.add_(0.02)
+    moved = ours.model.logits(batch)
+    for item in reversed(plan.attached):
+        item.method.merge()
+    torch.testing.assert_close(ours.model.logits(batch), moved, atol=1e-4, rtol=1e-4)
+    assert type(ours.model.language.blocks[0].self_attn.q_proj) is nn.Linear
 
 
 def test_frozen_base_is_made_again(parts: Path, tmp_path: Path) -> None:
