@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import tiny
 import tiny_languages
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -249,3 +252,16 @@ def test_a_plan_takes_it(calls: list[int]) -> None:
         calls.clear()
         language.model(input_ids=torch.tensor([[5, 6, 7]]))
         assert len(calls) == fast
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    """Both sides from one model; losses that agree, and two steps that moved them."""
+    path = Path(__file__).parents[1] / "scripts" / "bench" / "lora_step.py"
+    spec = importlib.util.spec_from_file_location("lora_step", path)
+    assert spec and spec.loader
+    bench: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    found = bench.measure(str(tiny.llama(tmp_path / "llama")), 4, 2, 12, 2)
+    assert set(found["sides"]) == {"ours", "peft", "peft_cast"} and found["layers"] == 14
+    assert found["loss_difference"] < bench.LOSS_TOLERANCE and found["sides"]["ours"]["over_ours"] == 1
+    assert all(side["seconds"] > 0 and len(side["losses"]) == 2 for side in found["sides"].values())
