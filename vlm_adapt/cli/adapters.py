@@ -89,9 +89,12 @@ def merge(
     for part, what in receipt.parts.items():
         print(f"{part}: {what}")
     print(
-        f"largest difference of a logit in {receipt.dtype}: {receipt.largest_difference:.3g} (of "
-        f"{receipt.largest_logit:.3g}; {receipt.tolerance:.3g} allowed; {receipt.folding_difference:.2g} in "
-        f"float32), over {receipt.tokens} tokens ({receipt.samples})"
+        f"largest difference of a logit in {receipt.dtype}: {receipt.largest_difference:.3g} (the largest is "
+        f"{receipt.largest_logit:.3g}, {receipt.tolerance:.3g} is allowed)"
+    )
+    print(
+        f"the dtype alone: {receipt.rounding:.3g}; folding in float32: {receipt.folding_difference:.2g}; over "
+        f"{receipt.tokens} tokens ({receipt.samples})"
     )
     print(f"likeliest word changed: {receipt.argmax_differs} of {receipt.tokens} tokens")
     print(f"largest effect of the adapter: {receipt.effect:.3g}")

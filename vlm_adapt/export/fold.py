@@ -75,6 +75,7 @@ class Merge:
     Attributes:
         effect: the largest difference that the whole adapter makes to its base's logits.
         folding_difference: of any logit before and after folding.
+        before_NV: logits of the unmerged model, in float32.
 
     Raises:
         UserError: the adapter does nothing, or folding changed the logits.
@@ -92,6 +93,7 @@ class Merge:
         before = probe.logits(adapters.assembled)
         # Prompts make texts longer: then only the predictions of words can be compared.
         of = 0 if before[0].shape == base[0].shape else 1
+        self.before_NV = before[0]
         self.effect = float((before[of] - base[of]).abs().max())
         if self.effect == 0:
             raise UserError(

@@ -42,7 +42,9 @@ class Receipt:
 
     Attributes:
         largest_difference: of any logit before and after, both in the saved dtype.
-        tolerance: what it may be at most; `share` of `largest_logit`.
+        tolerance: what it may be at most; `share` of `largest_logit`, or three times `rounding` if that is
+            more and no tolerance was asked for.
+        rounding: what the dtype alone does to a logit of the unmerged model, against float32.
         folding_difference: the same in float32, before anything was rounded.
         tokens: over how many tokens; `samples` says whose.
         argmax_differs: tokens whose likeliest word is another one.
@@ -56,6 +58,7 @@ class Receipt:
     tolerance: float
     share: float
     largest_logit: float
+    rounding: float
     folding_difference: float
     tokens: int
     samples: str
@@ -92,16 +95,18 @@ def merge_checkpoint(
         merged = Merge(folder, run, folded, kept, probe)
         parts = merged.write(temporary, state, kind)
         folding = merged.folding_difference
-        effect = merged.effect
+        effect, float32_NV = merged.effect, merged.before_NV
         del merged
         before_NV = _logits(folder, kind, probe)
         after_NV = _logits(temporary, kind, probe)
         largest = float(before_NV.abs().max())
+        rounding = float((before_NV - float32_NV).abs().max())
         share = TOLERANCES[name] if tolerance is None else tolerance
         receipt = Receipt(
             dtype=name,
             largest_difference=float((before_NV - after_NV).abs().max()),
-            tolerance=share * largest,
+            tolerance=max(share * largest, 3 * rounding if tolerance is None else 0.0),
+            rounding=rounding,
             share=share,
             largest_logit=largest,
             folding_difference=folding,
