@@ -60,6 +60,11 @@ class AdaLora(Tuner):
 
     def attach(self, place: Place) -> None:
         """As in Tuner."""
+        for name in self.choose(place):
+            if getattr(place.inner.get_submodule(name), "groups", 1) > 1:
+                raise UserError(
+                    f"adapt: 'adalora' cannot hold '{name}', a convolution in groups: leave it out"
+                )
         super().attach(place)
         by_id = {id(parameter): name for name, parameter in self.inner.named_parameters()}
         self.names_of = {key: by_id[id(parameter)] for key, parameter in self.parameters.items()}

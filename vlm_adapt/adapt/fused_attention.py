@@ -2,7 +2,8 @@
 
 Knows peft's layer for it, whose parameters and files it keeps, and computes the same without touching the
 base: peft's own takes the base's weights out and puts new ones back around every forward, which moves frozen
-weights by rounding and loses their place under ZeRO-3. Knows nothing about parts or plans.
+weights by rounding and loses their place under ZeRO-3. peft 0.21 also adds out_proj's update twice; here it
+is added once, as the formula says, so its logits for such a file are others. Knows nothing about parts.
 """
 
 from __future__ import annotations

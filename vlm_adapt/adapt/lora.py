@@ -112,6 +112,13 @@ class Lora(Tuner):
                 base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
                 if isinstance(base._parameters.get("weight"), nn.Parameter):
                     before[id(base)] = base.weight.detach().to("cpu", copy=True)
+        start = self.settings.get("init_lora_weights")
+        turned = [n for n in self.choose(place) if type(place.inner.get_submodule(n)).__name__ == "Conv1D"]
+        if turned and start in ("olora", "loftq"):
+            raise UserError(
+                f"adapt: init_lora_weights '{start}' cannot start on '{turned[0]}', whose weight lies the "
+                "other way round (GPT-2): take 'pissa'"
+            )
         super().attach(place)
         speed_up(self.inner)
         for layer in self.my_layers():

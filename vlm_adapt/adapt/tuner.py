@@ -92,7 +92,8 @@ class Tuner(Method):
         rank = settings.get("r")
         if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
             raise UserError(f"adapt: r of '{self.name}' is a whole number, not {rank!r}")
-        self.targets, self.settings = target_modules, settings
+        self.targets = target_modules
+        self.settings = {key: value for key, value in settings.items() if value is not None}
         self.config: Any = self.configure(["layer"])  # told before a model is loaded
         self.names: list[str] = []
         self.inner: nn.Module = nn.Identity()
@@ -155,7 +156,7 @@ class Tuner(Method):
             for layer, names in acting.items():
                 layer.set_adapter(names + [self.adapter] * (self.adapter in names_on(layer)))
         for layer in self.my_layers():
-            tuner_layers.to_float32(layer, self.adapter)
+            tuner_layers.settle(layer, self.adapter)
         self._name_tensors(tuner, before)
 
     def choose(self, place: Place) -> list[str]:
@@ -185,8 +186,8 @@ class Tuner(Method):
 
     def _name_tensors(self, tuner: nn.Module, before: set[int]) -> None:
         """Fill `parameters` and `fixed` by the keys that peft's own files have."""
-        adapters = self.inner.__dict__["_peft_adapters"]
-        named, holders = tuner_layers.named_tensors(tuner, list(adapters), self.config, self.adapter)
+        names = list(self.inner.__dict__["_peft_adapters"])
+        named, holders = tuner_layers.named_tensors(tuner, names, self.config, self.adapter)
         unshared: dict[int, str] = {}
         for key in sorted(named, key=len):  # what layers share is written once, under the tuner's own name
             unshared.setdefault(id(named[key]), key)
@@ -196,6 +197,8 @@ class Tuner(Method):
                 self.parameters[key] = tensor
             elif id(tensor) in holders and id(tensor) not in before:
                 self.fixed[key] = holders[id(tensor)]
+        for layer in self.my_layers():
+            tuner_layers.hide_buffers(layer)
         trained = {id(tensor) for tensor in self.parameters.values()}
         for name, parameter in self.inner.named_parameters():
             if parameter.requires_grad and id(parameter) not in before | trained:
@@ -205,17 +208,15 @@ class Tuner(Method):
                 )
 
     def _check_company(self) -> None:
-        for name in self.names:
-            for other in self._others_on(self.inner.get_submodule(name)):
-                if other.kind == self.kind and not self.stacks:
-                    raise UserError(
-                        f"adapt: '{name}' has '{self.name}' twice: peft lets one of them act; leave one"
-                    )
-                if other.kind != self.kind and not self.nests:
-                    raise UserError(
-                        f"adapt: '{self.name}' must hold the plain layer '{name}', which '{other.name}' "
-                        f"holds already: put '{self.name}' first in the list, or give them other layers"
-                    )
+        others = [(n, other) for n in self.names for other in self._others_on(self.inner.get_submodule(n))]
+        for name, other in others:
+            if other.kind == self.kind and not self.stacks:
+                raise UserError(f"adapt: '{name}' has '{self.name}' twice, and peft lets one act: leave one")
+            if other.kind != self.kind and not self.nests:
+                raise UserError(
+                    f"adapt: '{self.name}' must hold the plain layer '{name}', which '{other.name}' holds "
+                    f"already: put '{self.name}' first in the list, or give them other layers"
+                )
 
     def _others_on(self, layer: nn.Module) -> list[Tuner]:
         """Other tuners that hold a layer, the innermost first."""
@@ -279,9 +280,7 @@ class Tuner(Method):
     def merge(self) -> None:
         """Fold into the base's weights, and put the plain layers back."""
         if not self.mergeable:
-            raise UserError(
-                f"'{self.name}' cannot be merged: peft has no merge for it; keep it as an adapter"
-            )
+            raise UserError(f"'{self.name}' cannot be merged: peft has no merge for it; keep the adapter")
         mine = self.my_layers()
         for layer in mine:
             self._check_merge(layer)

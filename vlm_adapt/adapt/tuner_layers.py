@@ -154,8 +154,17 @@ def held(holder: Any, leaf: str) -> Tensor:
     return tensor
 
 
-def to_float32(layer: nn.Module, adapter: str) -> None:
-    """Raise an adapter's own floats on a layer of peft's, buffers too; the base keeps its dtype."""
+def hide_buffers(layer: nn.Module) -> None:
+    """Keep what a tuner makes beside its parameters out of the part's own state: the method saves it."""
+    for name, child in [("", layer), *layer.named_children()]:
+        if name != "base_layer":
+            for module in child.modules() if name else [layer]:
+                module._non_persistent_buffers_set.update(module._buffers)
+
+
+def settle(layer: Any, adapter: str) -> None:
+    """Raise an adapter's own floats on a layer of peft's, buffers too, and take over the base's mode."""
+    layer.train(layer.get_base_layer().training)
     for name, child in layer.named_children():
         if name != "base_layer":
             for module in child.modules():

@@ -37,7 +37,6 @@ class Oft(Tuner):
     kind = "OFT"
     summary = "W R with R block-diagonal and orthogonal (Cayley)"
     paper = "Qiu et al. 2023, arXiv 2306.07280"
-    layers = ("linear", "conv")
     additive = False
     example = {"oft_block_size": 4}
 
