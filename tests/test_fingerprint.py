@@ -138,6 +138,14 @@ def test_another_base_is_refused_with_both_names(
     restore(checkpoint)  # the same weights elsewhere
 
 
+def test_under_zero3(parts: Path, tmp_path: Path) -> None:
+    """Weights are shared out after they were marked; and PiSSA has taken from them by then."""
+    changes = {"adapt": [lora(init_lora_weights="pissa"), full()], "train__deepspeed": "zero3"}
+    checkpoint = trained(parts, tmp_path / "run", train__max_steps=1, **changes)
+    assert json.loads((checkpoint / "state.json").read_text())["base"] == marks(parts)
+    restore(checkpoint)
+
+
 def test_files_that_changed_under_their_name(parts: Path, copies: Path, tmp_path: Path) -> None:
     shutil.copytree(parts / "llama", tmp_path / "llama")
     language = {"model": str(tmp_path / "llama")}

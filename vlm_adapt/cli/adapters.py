@@ -93,8 +93,8 @@ def merge(
         f"{receipt.largest_logit:.3g}, {receipt.tolerance:.3g} is allowed)"
     )
     print(
-        f"the dtype alone: {receipt.rounding:.3g}; folding in float32: {receipt.folding_difference:.2g}; over "
-        f"{receipt.tokens} tokens ({receipt.samples})"
+        f"the dtype alone: {receipt.rounding:.3g}; folding in float32: {receipt.folding_difference:.2g}; "
+        f"over {receipt.tokens} tokens ({receipt.samples})"
     )
     print(f"likeliest word changed: {receipt.argmax_differs} of {receipt.tokens} tokens")
     print(f"largest effect of the adapter: {receipt.effect:.3g}")
