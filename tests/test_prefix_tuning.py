@@ -214,3 +214,29 @@ def test_an_attention_that_is_not_known(parts: Path) -> None:
     with pytest.raises(UserError) as caught:
         ours.adapt([[Adapt.model_validate(LINE)]])
     assert "does not know where this language (llama) makes keys and values in block" in tiny.sentence(caught)
+
+
+def test_layers_that_are_wrapped_and_unwrapped(parts: Path) -> None:
+    """A layer that another method puts in later, or that merging leaves, has the prefix too."""
+    ours = adapted(parts, "llama")
+    batch = rows.batch(ours, [rows.conversation(ours, "what color is the shape?", "red")])
+    want = ours.model.logits(batch)
+
+    class Around(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module, more: float):
+            super().__init__()
+            self.layer, self.more = layer, more
+
+        def forward(self, x_BTD: Tensor) -> Tensor:
+            return self.layer(x_BTD) + self.more
+
+    for block in ours.model.language.decoder.layers:
+        attention: Any = block.self_attn
+        before = attention.k_proj
+        attention.k_proj = Around(Around(before, 5.0), -5.0)
+        torch.testing.assert_close(ours.model.logits(batch), want, **NEAR)
+        attention.k_proj = attention.k_proj.layer
+        changed = ours.model.logits(batch)
+        assert (changed - want).abs().max() > 1e-3
+        attention.k_proj = before
+        assert torch.equal(ours.model.logits(batch), want)

@@ -42,12 +42,14 @@ class Target:
     """Where a block makes its keys, or its values.
 
     Attributes:
-        module: what gives them: [B, T, X], or [B, T, H, d_h], or [B, H, T, d_h] behind a norm of heads.
+        owner, leaf: the attention, and its layer that gives them: [B, T, X], or behind a norm of heads
+            [B, T, H, d_h] or [B, H, T, d_h].
         width: how many numbers they are.
         at: which of X they are, where it holds more.
     """
 
-    module: nn.Module
+    owner: nn.Module
+    leaf: str
     width: int
     at: Tensor | None = None
 
@@ -116,8 +118,9 @@ class PrefixTuning(SoftPrompt):
         first = 0
         for pair in self.targets:
             for target in pair:
-                hook = Overwrite(part.prompts, self.prompt, first, target.width, target.at)
-                target.module.register_forward_hook(hook)
+                overwrite = Overwrite(part.prompts, self.prompt, first, target)
+                overwrite.follow(target.owner, ())
+                target.owner.register_forward_pre_hook(overwrite.follow)
                 first += target.width
 
     @property
@@ -167,17 +170,23 @@ class PrefixTuning(SoftPrompt):
 class Overwrite:
     """A forward hook that puts some columns of a prompt's vectors in the place of keys, or of values."""
 
-    def __init__(self, prompts: Any, prompt: Any, first: int, width: int, at: Tensor | None):
-        self.prompts, self.prompt, self.at = prompts, prompt, at
-        self.columns = slice(first, first + width)
+    def __init__(self, prompts: Any, prompt: Any, first: int, target: Target):
+        self.prompts, self.prompt, self.target = prompts, prompt, target
+        self.columns = slice(first, first + target.width)
+
+    def follow(self, owner: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """Hook the layer that the attention has now: methods wrap layers, and merging takes wrappers off."""
+        module = getattr(owner, self.target.leaf)
+        if self not in module._forward_hooks.values():
+            module.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """The output with the prefix in its places; None (as it was) where no text begins."""
         taken = (self.prompts.current or {}).get(self.prompt)
-        if taken is None:
+        if taken is None or module is not getattr(self.target.owner, self.target.leaf):
             return None
         if output.dim() == 3:
-            return taken.put(output.flatten(0, 1), self.columns, self.at).view_as(output)
+            return taken.put(output.flatten(0, 1), self.columns, self.target.at).view_as(output)
         behind = heads_first(inputs[0], self.columns)
         ours = output.transpose(1, 2) if behind else output
         flat = ours.reshape(ours.shape[0] * ours.shape[1], -1)
@@ -207,10 +216,10 @@ def key_value(block: nn.Module, kind: str, name: str = "") -> tuple[Target, Targ
         children = dict(attention.named_children())
         for key, value in PAIRS:
             if key in children and value in children:
-                found.append((inner, _apart(children, key, value, kind)))
-        for leaf, module in children.items():
+                found.append((inner, _apart(attention, key, value, kind)))
+        for leaf in children:
             if (kind, leaf) in FUSED:
-                found.append((inner, _fused(module, attention, FUSED[kind, leaf])))
+                found.append((inner, _fused(attention, leaf, FUSED[kind, leaf])))
     if len(found) > 1:
         found = [pair for pair in found if any(word in pair[0] for word in CROSS)]
     if len(found) != 1:
@@ -221,7 +230,8 @@ def key_value(block: nn.Module, kind: str, name: str = "") -> tuple[Target, Targ
     return found[0][1]
 
 
-def _apart(children: dict[str, nn.Module], key: str, value: str, kind: str) -> tuple[Target, Target]:
+def _apart(attention: nn.Module, key: str, value: str, kind: str) -> tuple[Target, Target]:
+    children = dict(attention.named_children())
     known = (*KEY_NORMS, *VALUE_NORMS, *QUERY_NORMS)
     for name in children:
         if "norm" in name.lower() and name not in known and not name.startswith(("sub_", "o_")):
@@ -230,14 +240,14 @@ def _apart(children: dict[str, nn.Module], key: str, value: str, kind: str) -> t
                 "does to keys and values: take prompt_tuning, or lora"
             )
     widths = out_features(children[key]), out_features(children[value])
-    keys = next((children[name] for name in KEY_NORMS if name in children), children[key])
-    values = next((children[name] for name in VALUE_NORMS if name in children), children[value])
-    return Target(keys, widths[0]), Target(values, widths[1])
+    keys = next((name for name in KEY_NORMS if name in children), key)
+    values = next((name for name in VALUE_NORMS if name in children), value)
+    return Target(attention, keys, widths[0]), Target(attention, values, widths[1])
 
 
-def _fused(module: nn.Module, attention: Any, form: str) -> tuple[Target, Target]:
+def _fused(attention: Any, leaf: str, form: str) -> tuple[Target, Target]:
     """Columns of keys and values: `parts` is [queries | keys | values], `heads` the three of each head."""
-    out, config = out_features(module), attention.config
+    out, config = out_features(getattr(attention, leaf)), attention.config
     heads = config.num_attention_heads
     every = torch.arange(out, device="cpu")
     if form == "heads":
@@ -246,7 +256,7 @@ def _fused(module: nn.Module, attention: Any, form: str) -> tuple[Target, Target
         groups = getattr(config, "num_key_value_heads", None) or heads
         width = out // (heads + 2 * groups) * groups
         keys, values = every[-2 * width : -width], every[-width:]
-    return Target(module, len(keys), keys), Target(module, len(values), values)
+    return Target(attention, leaf, len(keys), keys), Target(attention, leaf, len(values), values)
 
 
 def out_features(module: Any) -> int:
