@@ -58,7 +58,8 @@ def test_variants_of_lora(tmp_path: Path, family: str, settings: dict[str, Any])
     """Each starts as the base (LoftQ near it), is switched off to the bit, merges, and is read by peft."""
     start = settings.get("init_lora_weights")
     if start == "loftq":
-        pytest.importorskip("scipy")  # peft quantises by its normal distribution
+        for package in ("scipy", "bitsandbytes"):  # peft quantises by them
+            pytest.importorskip(package)
     if family == "gpt2" and start in ("olora", "loftq"):
         with pytest.raises(UserError, match="whose weight lies the other way round"):
             put(language(family), "lora", r=4, **settings)
