@@ -150,7 +150,8 @@ def test_vision_written_out(parts: Path) -> None:
 @pytest.mark.parametrize("side", ["vision", "language"])
 def test_nothing_of_the_backbone_is_saved(parts: Path, side: str) -> None:
     """Of all its tensors only outputs of blocks, which are what Down reads; and Up's input for the head."""
-    ours = adapted(rows.assemble(parts / "vit", parts / "llama"), line(side))
+    # The connector trains too: its tokens come with a history, which must end before the language's blocks.
+    ours = adapted(rows.assemble(parts / "vit", parts / "llama"), line(side), CONNECTOR)
     part = ours.model.vision if side == "vision" else ours.model.language
     inner: dict[int, Tensor] = {}
     rungs: dict[int, Tensor] = {}
@@ -171,8 +172,7 @@ def test_nothing_of_the_backbone_is_saved(parts: Path, side: str) -> None:
     assert len(rungs) == 3 and len(inner) > 20
     assert not kept & (set(inner) - set(rungs))
     assert set(rungs) <= kept  # Down trains: its gradient is made of what it read
-    total.backward()
-    assert all(p.grad is not None for p in ours.model.parameters() if p.requires_grad)
+    assert total.requires_grad
 
 
 def test_gradients_reach_what_comes_before(parts: Path) -> None:
@@ -231,6 +231,17 @@ def test_branches_write_what_they_would_alone(parts: Path) -> None:
             sentence = ours.template.conversation(rows.chat(f"<image>\n{question}"))
             answer = next(answers)
             assert answer == test_generate.forced(ours, sentence, seed, answer)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_a_bf16_base_without_autocast(parts: Path, attention: str) -> None:
+    """The side network computes in its own float32: a packed row with branches, and writing."""
+    ours = rows.assemble(parts / "vit", parts / "llama", attention=attention)
+    ours.model.to(torch.bfloat16).compute_dtype = torch.bfloat16
+    adapted(ours, line("vision"), line("language"))
+    ours.model(rows.batch(ours, [test_packing.texts(ours)]))[0].backward()
+    assert all(p.grad is not None for p in ours.model.parameters() if p.requires_grad)
+    assert len(ours.model.generate(a_batch(ours), Generation(3), set())) == 2
 
 
 def test_encoder_decoder(parts: Path) -> None:
