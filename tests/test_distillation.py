@@ -12,48 +12,22 @@ import tiny
 import torch
 from forks import write
 from safetensors.torch import load_file
+from teaching import ALL, DISTIL, LORA, student, trained
 
 from vlm_adapt.config.load import validate
 from vlm_adapt.config.schema import Run
 from vlm_adapt.errors import UserError
-from vlm_adapt.models.build import build
-from vlm_adapt.models.check import check_run
 from vlm_adapt.models.objectives import distillation as objective
 from vlm_adapt.models.objectives.distillation import divergence
-from vlm_adapt.models.teacher import make_teacher
 from vlm_adapt.train.journal import read_journal
 from vlm_adapt.train.run import train
 
 torch.set_num_threads(1)
-LORA = {"method": "lora", "where": "language", "r": 4, "learning_rate": 1e-3}
-ALL = [
-    {"method": "lora", "where": "vision", "r": 2, "learning_rate": 1e-3},
-    {"method": "full", "where": "connector", "learning_rate": 2e-3},
-    LORA,
-]
-PROMPTS = {"method": "prompt_tuning", "where": "language", "num_virtual_tokens": 3}
-DISTIL = {"train__objective": "distillation"}
 
 
 @pytest.fixture(scope="module")
 def teacher(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's output of three steps at a high rate: far enough from where a student begins."""
-    output = tmp_path_factory.mktemp("distil") / "teacher"
-    lines = [line | {"learning_rate": 3e-2} for line in ALL]
-    assert train(tiny.run_of(parts, output, adapt=lines, train__max_steps=3, train__save_steps=0)) == 0
-    return output
-
-
-def student(parts: Path, teacher: Path | str, **changes: Any) -> Any:
-    """A model of the same parts, adapted, with its teacher."""
-    run = tiny.run_of(
-        parts, parts / "none", **({"adapt": ALL} | DISTIL | changes), train__teacher=str(teacher)
-    )
-    made = build(run.model, torch.float32, run.seed)
-    made.adapt([run.adapt])
-    made.model.objective = "distillation"
-    made.model.teacher = make_teacher(made, run)
-    return made
+    return trained(parts, tmp_path_factory.mktemp("distil") / "teacher")
 
 
 def a_batch(ours: Any, which: tuple[int, ...] = (0, 1, 2)) -> Any:
@@ -225,59 +199,6 @@ def test_other_shapes_are_noted(parts: Path, teacher: Path, tmp_path: Path) -> N
     tiny.sentence(caught)
     frozen = student(parts, teacher, adapt=[LORA])
     assert "nothing before 'connector' features trains" in frozen.model.teacher.notes[1]
-
-
-def test_who_cannot_teach(parts: Path, teacher: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "other"
-    tiny.llama(folder)
-    other = json.loads((folder / "tokenizer.json").read_text())
-    last = max(other["model"]["vocab"], key=other["model"]["vocab"].get)
-    other["model"]["vocab"]["!!new!!"] = other["model"]["vocab"].pop(last)
-    other["model"]["merges"] = [m for m in other["model"]["merges"] if "".join(m) != last]
-    (folder / "tokenizer.json").write_text(json.dumps(other))
-    big = tiny.vit(tmp_path / "big", size=32)
-    for change, said in (
-        ({"model__language": {"model": str(folder)}}, "its tokenizer has other words"),
-        (
-            {"model__vision": {"model": str(big)}},
-            r"images of this size differ, \(16, 16\) there and \(32, 32\)",
-        ),
-        ({"model__connector": {"name": "pixel_shuffle"}}, "tokens an image differ, 4 there and 1 here"),
-        ({"adapt": [*ALL, PROMPTS]}, "places for prompts in every text differ, 0 there and 3 here"),
-    ):
-        with pytest.raises(UserError, match=said) as caught:
-            student(parts, teacher, **change)
-        tiny.sentence(caught)
-    for change, said in (
-        ({"adapt": [*ALL, PROMPTS]}, "places for prompts in every text differ, 0 there and 3 here"),
-        ({"model__state_size": 2}, "'base' cannot read state vectors"),
-    ):
-        with pytest.raises(UserError, match=said) as caught:
-            student(parts, "base", **change)
-        tiny.sentence(caught)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (DISTIL, "needs train.teacher"),
-        ({"train__teacher": "base"}, "train.teacher is for train.objective 'distillation'"),
-        (DISTIL | {"train__teacher": "nowhere"}, "there is no checkpoint 'nowhere'"),
-        (
-            DISTIL | {"train__teacher": "base", "train__distill_weight": 0, "train__feature_weight": 0},
-            "takes nothing from its teacher",
-        ),
-        (
-            DISTIL | {"train__teacher": "base", "train__distill_features": "connector"},
-            "'base' has no trained connector",
-        ),
-        (DISTIL | {"train__teacher": "base", "train__temperature": 0}, "temperature"),
-    ],
-)
-def test_told_early(parts: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
-        check_run(tiny.run_of(parts, tmp_path / "out", **changes))
-    tiny.sentence(caught)
 
 
 @pytest.mark.slow
