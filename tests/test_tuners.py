@@ -236,3 +236,14 @@ def test_lora_of_gpt3_has_the_papers_count() -> None:
     method = Lora(r=1, target_modules=["q_proj", "v_proj"])
     method.attach(Place("language", part))
     assert sum(p.numel() for p in method.parameters.values()) == 4_718_592 == 96 * 2 * 2 * 12288
+
+
+def test_what_does_not_train_is_read_too(tmp_path: Path) -> None:
+    """VeRA's projections come from the file, whatever they were when it was attached."""
+    part, other = language(), language()
+    method = put(part, "vera", projection_prng_key=5)
+    method.save(tmp_path, {key: p.detach().clone() for key, p in method.parameters.items()})
+    again = put(other, "vera", projection_prng_key=6)
+    for key, tensor in again.read(tmp_path).items():
+        again.parameters[key].data.copy_(tensor)
+    torch.testing.assert_close(logits(other), logits(part), atol=1e-6, rtol=0)
