@@ -168,7 +168,13 @@ def main() -> int:
     for name in names:
         command = [sys.executable, __file__, "--one", name, "--batch", str(asked.batch)]
         command += ["--length", str(asked.length), "--targets", str(asked.targets)]
-        done = subprocess.run(command + ["--tiny"] * asked.tiny, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command + ["--tiny"] * asked.tiny,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | ALLOCATOR,
+        )
         if done.returncode:
             sys.stderr.write(done.stderr[-3000:])
             return 1

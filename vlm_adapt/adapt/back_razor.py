@@ -11,6 +11,8 @@ of gated feed-forwards, and attention whose scores, softmax and sums are compute
 fused attention (SDPA, FlashAttention, FlexAttention, torch's MultiheadAttention but for its input), which
 computes probabilities again from queries and keys and would be wrong altogether with most of them gone; the
 loss and the head, which lie outside the blocks; parameters, statistics of norms, masks and rotary angles.
+
+On a CPU set MALLOC_MMAP_THRESHOLD_=131072, or gaps of the allocator take back most of what is saved.
 """
 
 from __future__ import annotations
