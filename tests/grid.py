@@ -72,6 +72,7 @@ def learn(ours: Any, steps: int, optimizer: Any = None) -> Any:
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=2e-2)
     ours.model.train()
     for step in range(steps):
+        torch.manual_seed(step)  # some draw while they train
         batch = batch_of(ours)
         total, losses = ours.model(batch)
         (total / len(losses)).backward()
