@@ -20,7 +20,20 @@ from vlm_adapt.models.about import constants_of
 
 torch.set_num_threads(1)
 ABOUT = {name: constants_of(METHODS[name]) for name in METHODS}
-GRID = [(name, side) for name in METHODS for side in ABOUT[name]["sides"]]
+FEW = {"ia3", "oft", "vera"}  # of peft's many tuners, which share one file of ours; the others are slow tests
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Slow, for one of many that go the same way."""
+    many = METHODS[name].startswith("vlm_adapt.adapt.tuners") and name not in FEW
+    return [pytest.mark.slow] if many else []
+
+
+GRID = [
+    pytest.param(name, side, marks=marks(name), id=f"{name}-{side}")
+    for name in METHODS
+    for side in ABOUT[name]["sides"]
+]
 LENGTH = 5
 
 
@@ -49,6 +62,11 @@ def assembled(parts: Path, method: str, side: str, seed: int, connector: str, **
         plain.append({"method": "full", "where": side})
     ours.adapt([[Adapt.model_validate(one) for one in plain]])
     return ours
+
+
+def plain(parts: Path, ours: Any) -> Any:
+    """The same model without any method."""
+    return rows.assemble(parts / "vit", parts / "llama", ours.config.connector.name, template="bare")
 
 
 def trains(method: str) -> bool:

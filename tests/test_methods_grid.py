@@ -13,7 +13,21 @@ import pytest
 import rows
 import tiny
 import torch
-from grid import ABOUT, GRID, LENGTH, METHODS, batch_of, beside, built, forced, item_of, learn, trains
+from grid import (
+    ABOUT,
+    GRID,
+    LENGTH,
+    METHODS,
+    batch_of,
+    beside,
+    built,
+    forced,
+    item_of,
+    learn,
+    marks,
+    plain,
+    trains,
+)
 
 from vlm_adapt.config.schema import Adapt
 from vlm_adapt.errors import UserError
@@ -61,8 +75,8 @@ def test_trains_what_it_declares(parts: Path, method: str, side: str) -> None:
 @pytest.mark.parametrize(("method", "side"), GRID)
 def test_starts_as_it_says_and_switches_off(parts: Path, method: str, side: str) -> None:
     """The identity where the paper has it; switched off, the base's own logits to the bit."""
-    base = rows.assemble(parts / "vit", parts / "llama", template="bare")
     ours = built(parts, method, side)
+    base = plain(parts, ours)
     item = item_of(ours, method)
     batch = batch_of(base)
     want = base.model.logits(batch)
@@ -156,21 +170,23 @@ def test_checkpointed_activations_change_nothing(parts: Path, method: str, side:
         torch.testing.assert_close(found[1][1][key], grad, atol=1e-4, rtol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize(("method", "side"), [one for one in GRID if ABOUT[one[0]]["mergeable"]])
+@pytest.mark.parametrize(("method", "side"), [one for one in GRID if ABOUT[one.values[0]]["mergeable"]])
 def test_merged_is_unmerged(parts: Path, method: str, side: str) -> None:
     """Folded into the base's weights: the same logits, and nothing of the method left."""
     ours = built(parts, method, side)
     learn(ours, 2)
     batch = batch_of(ours)
     before = ours.model.logits(batch)
-    names = set(dict(rows.assemble(parts / "vit", parts / "llama", template="bare").model.named_parameters()))
+    names = set(dict(plain(parts, ours).model.named_parameters()))
     item_of(ours, method).method.merge()
     after = ours.model.logits(batch)
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)  # one product in place of two or three
     assert {name for name, _ in ours.model.named_parameters()} == names
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not ABOUT[name]["mergeable"]])
+@pytest.mark.parametrize(
+    "method", [pytest.param(n, marks=marks(n)) for n in METHODS if not ABOUT[n]["mergeable"]]
+)
 def test_what_cannot_be_merged_says_so(parts: Path, method: str) -> None:
     side = ABOUT[method]["sides"][-1]
     ours = built(parts, method, side)
@@ -211,7 +227,7 @@ def test_counts_need_no_weights(parts: Path, method: str, side: str) -> None:
     real = built(parts, method, side)
     tree = {
         "vision": {"model": str(parts / "vit")},
-        "connector": {"name": "mlp"},
+        "connector": {"name": real.config.connector.name},
         "language": {"model": str(parts / "llama"), "template": "bare"},
     }
     empty = build(Model.model_validate(tree), torch.float32, empty=True)

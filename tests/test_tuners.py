@@ -25,6 +25,8 @@ from vlm_adapt.language.causal import CausalLanguage
 
 torch.set_num_threads(1)
 NAMES = [name for name, path in METHODS.items() if issubclass(METHODS.load(name), Tuner)]
+FEW = ("lora", "adalora", "ia3", "oft", "vera", "lokr", "trainable_tokens")
+SOME = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 IDS_BT = torch.tensor([[5, 2, 7, 9, 3, 40]])
 # Sums of merged weights are taken in another order: seen up to 6e-5 on logits of about 10.
 CLOSE = {"atol": 2e-4, "rtol": 0}
@@ -91,7 +93,7 @@ def test_peft_reads_what_we_save(folder: Path, tmp_path: Path, name: str) -> Non
     assert method.bytes_stored() < size  # and a header
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_two_of_a_kind(name: str) -> None:
     """Each of two adapters of one layer acts, alone or together, switched in any order; or one sentence."""
     part = language()
@@ -116,7 +118,7 @@ def test_two_of_a_kind(name: str) -> None:
     torch.testing.assert_close(logits(part), both, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lora", "trainable_tokens")])
+@pytest.mark.parametrize("name", [one for one in SOME if one not in ("lora", "trainable_tokens")])
 def test_around_lora(name: str) -> None:
     """Put around another tuner, it leaves that one in effect, merged or not; or one sentence."""
     part = language()
@@ -141,7 +143,7 @@ def test_around_lora(name: str) -> None:
         torch.testing.assert_close(logits(part), both, **CLOSE)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("lora", "trainable_tokens")])
+@pytest.mark.parametrize("name", [one for one in SOME if one not in ("lora", "trainable_tokens")])
 def test_lora_around_it(name: str) -> None:
     """LoRA goes around every tuner; it merges first where both only add, else it says which is first."""
     part = language()
@@ -163,7 +165,7 @@ def test_lora_around_it(name: str) -> None:
         assert {n for n, _ in part.named_parameters()} == {n for n, _ in language().named_parameters()}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_on_meta(name: str) -> None:
     """Counts without weights are the counts with them, and nothing is made for real."""
     want = {key: p.shape for key, p in put(language(), name).parameters.items()}
@@ -174,7 +176,7 @@ def test_on_meta(name: str) -> None:
     assert all(p.is_meta for p in empty.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_same_seed_same_start(name: str) -> None:
     first, second = (put(language(), name, move=False) for _ in range(2))
     for key, parameter in first.parameters.items():

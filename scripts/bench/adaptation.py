@@ -37,7 +37,7 @@ from plans import PLANS  # noqa: E402
 
 DATA = Path("data/easy-vqa")
 KINDS = {"color": 1, "shape": 1}
-ALIGN_STEPS, IMAGES = 200, 100
+ALIGN_STEPS, IMAGES = 200, 50
 
 
 def tree_of(output: Path, seed: int, adapt: list[dict[str, Any]], steps: int) -> dict[str, Any]:

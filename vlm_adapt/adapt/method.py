@@ -39,7 +39,8 @@ class Method:
         order: when it attaches: 0 chooses among weights as they are, 1 replaces layers, 2 adds around them.
             A lower one goes first, so that names do not depend on the order of the plan's lines.
         mergeable: whether `merge` can fold it into the base's weights.
-        alone: whether it can share its part with no other method.
+        alone: whether it can share its part with no other method; `alone_because` says why.
+        trains: whether it trains something itself, or changes how others train.
         identity: whether the part computes, right after `attach`, exactly what it did before.
         example: settings that fit a very small model; the grid of tests and the benchmark take them.
         part: what it is attached to.
@@ -58,6 +59,8 @@ class Method:
     order = 2
     mergeable = False
     alone = False
+    alone_because = "already trains every weight there"
+    trains = True
     identity = True
     adds_tokens = False
     example: dict[str, Any] = {}  # noqa: RUF012

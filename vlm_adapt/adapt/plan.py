@@ -173,9 +173,9 @@ def _check_together(attached: Sequence[Attached]) -> None:
     owners: dict[int, Attached] = {}
     for item in attached:
         others = [other for other in attached if other.where == item.where and other is not item]
-        others = [other for other in others if getattr(other.method, "trains", True)]
+        others = [other for other in others if other.method.trains]
         if item.method.alone and others:
-            why = getattr(item.method, "alone_because", "already trains every weight there")
+            why = item.method.alone_because
             raise UserError(
                 f"adapt: '{item.where}' has '{item.method.name}' and '{others[0].method.name}' together: "
                 f"{item.method.name} {why}; choose one"
