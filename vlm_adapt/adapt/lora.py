@@ -7,7 +7,7 @@ Knows which settings change the base's weights or need data; the formulas are pe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,11 @@ from vlm_adapt.adapt.place import Place
 from vlm_adapt.adapt.tuner import Tuner
 from vlm_adapt.errors import UserError
 
+if TYPE_CHECKING:
+    from vlm_adapt.adapt.directions import Directions
+
 CHANGES_BASE = ("pissa", "olora", "loftq")  # starts that take the first B A out of W, or quantise W
 NEEDS = {
-    "eva": "the activations of data before the first step",
     "corda": "peft's preprocess_corda before the first step",
     "lora_ga": "gradients of data before the first step",
 }
@@ -27,7 +29,7 @@ UNFIT = {
     "alora_invocation_tokens": "it looks for tokens in ids, and images have none",
     "monteclora_config": "its loss has a term that only peft's own model adds",
     "arrow_config": "it chooses among adapters trained before",
-    "eva_config": NEEDS["eva"],
+    "eva_config": "ranks stay where they are here; leave it out",
     "corda_config": NEEDS["corda"],
     "lora_ga_config": NEEDS["lora_ga"],
 }
@@ -44,7 +46,8 @@ class Lora(Tuner):
             chosen when its dotted name ends with one of them.
         settings: further fields of peft's LoraConfig. `use_dora` (Liu et al. 2024, arXiv 2402.09353),
             `use_rslora` (Kalajdzievski 2023, arXiv 2312.03732), `init_lora_weights`: `pissa` (Meng et al.
-            2024, arXiv 2404.02948), `loftq` (Li et al. 2023, arXiv 2310.08659), `olora`, `orthogonal`, …
+            2024, arXiv 2404.02948), `eva` (Paischer et al. 2024, arXiv 2410.07170: A from what layers read
+            of the first batches), `loftq` (Li et al. 2023, arXiv 2310.08659), `olora`, `orthogonal`, …
 
     Raises:
         UserError: a target matches nothing, or peft refuses the settings.
@@ -52,7 +55,7 @@ class Lora(Tuner):
 
     name = "lora"
     kind = "LORA"
-    summary = "low-rank updates of linear layers (DoRA, rsLoRA, PiSSA, OLoRA, LoftQ by peft's settings)"
+    summary = "low-rank updates of linear layers (DoRA, rsLoRA, PiSSA, EVA, OLoRA, LoftQ by peft's settings)"
     paper = "Hu et al. 2021, arXiv 2106.09685"
     layers = ("linear", "conv", "attention")
     example = {"r": 4}
@@ -76,7 +79,7 @@ class Lora(Tuner):
                 f"adapt: init_lora_weights '{start}' needs {NEEDS[start]}, which a plan does not have: take "
                 "'pissa' or 'orthogonal', which need the weights alone"
             )
-        self.on_meta = False
+        self.on_meta, self.looks = False, start == "eva"
         self.changes_base = isinstance(start, str) and start.lower().startswith(CHANGES_BASE)
         self.changes_base = self.changes_base or settings.get("kasa_config") is not None
         if self.changes_base:
@@ -126,6 +129,16 @@ class Lora(Tuner):
             base = layer.get_base_layer()
             if id(base) in before:
                 self.originals.append((base, before[id(base)]))
+
+    def watch(self) -> Directions | None:
+        """What EVA sees of the first batches; None for other starts."""
+        from vlm_adapt.adapt.directions import Directions
+
+        return (
+            Directions([layer for layer in self.my_layers() if self.adapter in layer.lora_A], self.adapter)
+            if self.looks
+            else None
+        )
 
     def set_active(self, active: bool) -> None:
         """As in Tuner, with the base's own weights while it does not act."""

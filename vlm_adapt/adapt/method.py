@@ -140,6 +140,11 @@ class Method:
             f"'{self.name}' cannot be merged: it is no change of the base's weights; keep it as an adapter"
         )
 
+    def watch(self) -> Any:
+        """What looks at the model while it runs over the first batches, before any training: it has `done`
+        and `finish()`, which gives parameters their first values. None for methods that need no data."""
+        return None
+
     # While training ------------------------------------------------------------------------------
 
     def penalty(self) -> Tensor | None:

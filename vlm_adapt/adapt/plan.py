@@ -25,6 +25,7 @@ class Attached:
     Attributes:
         where: the part; `label` names folder and table row, unique in a plan.
         trains: whether it trains in this stage (methods of earlier stages stay, frozen).
+        begun: whether it holds values of an earlier step, or of another run.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Attached:
     method: Method
     learning_rate: float | None
     trains: bool
+    begun: bool = False
 
 
 @dataclass

@@ -135,6 +135,7 @@ def load_method(item: Attached, folder: Path) -> None:
             )
         with torch.no_grad():
             parameter.copy_(tensors[key])
+    item.begun = True
 
 
 def load_statistics(assembled: Assembled, folder: Path) -> None:

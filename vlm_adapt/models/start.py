@@ -112,5 +112,6 @@ def begin_from(
         with torch.no_grad():
             for key, parameter in item.method.parameters.items():
                 parameter.copy_(tensors[key])
+        item.begun = True
         lines.append(f"{item.label} begins from {folder}")
     return lines

@@ -37,6 +37,7 @@ from vlm_adapt.train.optim import rate_factor
 from vlm_adapt.train.prepare import cache_features, calibrate
 from vlm_adapt.train.progress import Progress
 from vlm_adapt.train.signals import Signals
+from vlm_adapt.train.watch import watch
 
 
 @dataclass
@@ -89,6 +90,7 @@ class StageLoop:
         if train.gradient_checkpointing:
             assembled.model.set_activation_checkpointing(True)
         calibrate(assembled, reader, feed.plan)
+        self.begun = watch(assembled, feed) if resume is None else []
         assert assembled.plan is not None
         self.methods = [item.method for item in assembled.plan.attached if item.trains]
         groups = assembled.plan.groups(train.learning_rate)

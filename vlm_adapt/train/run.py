@@ -258,6 +258,8 @@ def _announce(
     taught = assembled.model.teacher.notes if assembled.model.teacher else []
     for note in taught:
         say(f"  {note}")
+    for told in loop.begun:
+        say(f"  {told}")
     for source, kept in loop.selections.items():
         say(f"  {source}: {kept}")
     write = partial(checkpoint.write_atomically, output / "parts.json", json.dumps(rows, indent=1))
