@@ -84,3 +84,11 @@ def test_your_own_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert len(capsys.readouterr().out.splitlines()) >= 1
     assert main(["report", "outputs/llava_mini"]) == 0
     assert Path("outputs/llava_mini/report.html").is_file()
+    adapted = [words for words in commands() if words[:2] == ["vlm-adapt", "adapt"] or "--adapter" in words]
+    assert [words[2] for words in adapted[:4]] == ["list", "show", "save", "merge"]
+    for words in adapted:
+        capsys.readouterr()
+        more = smaller[:2] if words[2] == "show" else []
+        more = ["--prompt", "What color?", "--max-new-tokens", "3"] if words[1] == "chat" else more
+        assert main([*words[1:], *more]) == 0, words
+    assert Path("models/merged/receipt.json").is_file() and Path("adapters/mine").is_dir()
