@@ -200,7 +200,7 @@ def test_towers_of_timm(name: str) -> None:
     with torch.device("meta"):
         trunk: Any = timm.create_model(name, num_classes=0)
     info = [dict(entry) for entry in trunk.feature_info]
-    names, _ = _find_blocks(trunk, [entry["module"] for entry in info])
+    names, _, _ = _find_blocks(trunk, [entry["module"] for entry in info])
     assert names
     for block in map(trunk.get_submodule, names):
         found = anatomy(block)

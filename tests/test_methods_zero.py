@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import tiny
 from forks import write
-from grid import ABOUT, METHODS, trains
+from grid import ABOUT, METHODS, marks, trains
 
 from vlm_adapt.train.journal import read_journal
 
 STEPS = 6
 USUAL = {"lora", "prefix_tuning", "visual_prompt", "houlsby", "side_tuning"}
-# Float32 sums are taken in another order, and Adam carries the difference on: worst seen 2e-6.
-CLOSE = 2e-5
+DRAWS = {"pvera"}  # noise while it trains, on every rank its own
+# Float32 sums are taken in another order, and Adam carries the difference on: worst seen 3e-5 (RandLoRA, whose
+# two factors scale large fixed matrices), most below 2e-6.
+CLOSE = 1e-4
 
 
 def tree_of(parts: Path, output: Path, method: str, side: str, ranks: int, zero: str) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def tree_of(parts: Path, output: Path, method: str, side: str, ranks: int, zero:
         data__train=[{"shards": str(parts / "train.tar"), "limit": 21}],
         train__max_steps=STEPS,
         train__learning_rate=5e-3,
+        train__adam_epsilon=1e-3,  # else a gradient that is but rounding moves a weight by a whole step
         train__per_device_train_batch_size=4 // ranks,
         train__deepspeed=zero,
     )
@@ -46,14 +49,16 @@ def losses(tree: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "method", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+    "method",
+    [n if n in USUAL else pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n not in DRAWS],
 )
 def test_one_curve(parts: Path, server: Any, tmp_path: Path, method: str) -> None:
     """The same losses on every side, whatever the processes and the stage."""
     whole = {"stage": 3, "stage3_param_persistence_threshold": 0}  # else tiny parameters stay whole
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": whole}))
     wants = {}
-    for side in ABOUT[method]["sides"]:
+    sides = ABOUT[method]["sides"]
+    for side in sides[-1:] if marks(method) else sides:  # peft's many tuners go the same way on every side
         tree = tree_of(parts, tmp_path / f"{side}-alone", method, side, 1, "zero0")
         alone = server.start(["train", write(tree)])
         code = alone.wait()
