@@ -20,8 +20,8 @@ from vlm_adapt.train.journal import read_journal
 STEPS = 6
 USUAL = {"lora", "prefix_tuning", "visual_prompt", "houlsby", "side_tuning"}
 DRAWS = {"pvera"}  # noise while it trains, on every rank its own
-# Float32 sums are taken in another order, and Adam carries the difference on: worst seen 3e-5 (RandLoRA, whose
-# two factors scale large fixed matrices), most below 2e-6.
+# Float32 sums are taken in another order, and Adam carries the difference on: worst seen 3e-5 (RandLoRA,
+# whose two factors scale large fixed matrices), most below 2e-6.
 CLOSE = 1e-4
 
 

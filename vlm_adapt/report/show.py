@@ -138,8 +138,11 @@ def _for_tower(pixels: Any, resize: str) -> str:
 
 
 def _row(feed: Feed, row: Encoded, name: str, marks: Marks) -> Iterator[Text]:
-    text = len(row) - sum(row.image_lengths)
-    counts = f"{len(row)} tokens: {text} of text, {len(row) - text} of {len(row.image_lengths)} image(s)"
+    shown = sum(row.image_lengths)
+    text = len(row) - shown - row.prompt_tokens
+    counts = f"{len(row)} tokens: {text} of text, {shown} of {len(row.image_lengths)} image(s)"
+    if row.prompt_tokens:
+        counts += f", {row.prompt_tokens} places of learned vectors"
     if row.decoder_ids is not None:
         counts += f"; {len(row.decoder_ids)} in the decoder"
     yield Text(f"{name}: {counts}; {len(row.targets)} learned", HEAD)
