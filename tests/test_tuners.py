@@ -193,7 +193,7 @@ def test_same_seed_same_start(name: str) -> None:
         ("hra", {"bias": "all"}, "'hra' trains no biases: add a second line with method 'bitfit'"),
         ("boft", {"layers_to_transform": [0]}, "takes no 'layers_to_transform' here: choose blocks with"),
         ("lora", {"modules_to_save": ["lm_head"]}, "train whole modules by a second line"),
-        ("lora", {"init_lora_weights": "eva"}, "'eva' needs the activations of data before the first step"),
+        ("lora", {"init_lora_weights": "corda"}, "'corda' needs peft's preprocess_corda before"),
         ("adalora", {"total_step": 5}, "takes its total_step from the run"),
         ("adalora", {"use_dora": True}, "peft refuses these settings of 'adalora': .*DoRA"),
         ("trainable_tokens", {"token_indices": [3, 3]}, "a list of different ids from 0"),

@@ -159,7 +159,7 @@ def writers_of(process: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_started_again(tmp_path, number):
-    options = {"sizes": "2000x80", "delay": "0.005", "special": "1=bad"}
+    options = {"sizes": "2000x80", "delay": "0.02", "special": "1=bad"}
     out = tmp_path / "out"
     process = started(out, 2, options)
     writers = writers_of(process.pid)
