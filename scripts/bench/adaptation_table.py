@@ -6,6 +6,7 @@ Knows the results' files; knows nothing about training.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -98,13 +99,18 @@ def write_plot(results: list[Result], path: Path) -> None:
     axes.grid(color="#e6e8ee", linewidth=0.8)
     axes.set_axisbelow(True)
     most = max(one.costs["saved_activations"] for one in shown) or 1
-    for one in shown:
+    labels: list[tuple[float, float]] = []
+    for one in sorted(shown, key=lambda one: -(one.accuracy or 0)):
         stored, score = max(one.costs["stored"], 1e3), one.accuracy
         area = 30 + 500 * one.costs["saved_activations"] / most
         axes.scatter(stored, score, s=area, color=SIDES[one.side], alpha=0.55, linewidth=0)
         low, high = (100 * f(run["accuracy"] for run in one.runs) for f in (min, max))
         axes.plot([stored, stored], [low, high], color=SIDES[one.side], linewidth=1)
-        axes.annotate(one.name, (stored, score), xytext=(5, 4), textcoords="offset points", fontsize=7)
+        across, up = math.log10(stored) + 0.08, score
+        while any(abs(across - x) < 1.0 and abs(up - y) < 2.6 for x, y in labels):
+            up -= 0.4
+        labels.append((across, up))
+        axes.annotate(one.name, (10**across, up), fontsize=7, va="center")
     axes.set_xscale("log")
     axes.set_xlabel("bytes stored beside the base")
     axes.set_ylabel("colour and shape questions answered, %")
