@@ -145,6 +145,8 @@ def started(out: Path, workers: int, options: dict) -> subprocess.Popen:
         env={**os.environ, "PYTHONPATH": paths},
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore the interrupt, and their children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60
     while len(list(out.glob(".*.done.json"))) < 2:
