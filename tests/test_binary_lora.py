@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlm_adapt.adapt.binary_lora import STATISTICS, BinaryLora
+from vlm_adapt.adapt.binary_lora import BinaryLora
 from vlm_adapt.adapt.bits import CENTRE, binarised, latent, statistics
+from vlm_adapt.adapt.one_bit import STATISTICS
 from vlm_adapt.adapt.piggyback import LATENT
 from vlm_adapt.adapt.place import Place
 from vlm_adapt.errors import UserError

@@ -7,18 +7,14 @@ deviation (adapt/bits.py). Trained are floats. Knows linear layers; knows nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor, nn
 
-from vlm_adapt.adapt.bits import binarised, bytes_of, latent, pack, statistics
+from vlm_adapt.adapt.bits import binarised
 from vlm_adapt.adapt.linear_layers import LINEAR, find_layers
 from vlm_adapt.adapt.low_rank import Joined, Update, check_dropout, check_droppable, check_rank
-from vlm_adapt.adapt.method import Gathered, Method, read_tensors
-from vlm_adapt.adapt.piggyback import LATENT, count_of, save_floats, unpack_checked
+from vlm_adapt.adapt.one_bit import OneBitFiles
 from vlm_adapt.adapt.place import Place
-
-STATISTICS = ".mean_and_deviation"
 
 
 class BinaryUpdate(Update):
@@ -29,7 +25,7 @@ class BinaryUpdate(Update):
         return binarised(tensor)
 
 
-class BinaryLora(Method):
+class BinaryLora(OneBitFiles):
     """LoRA of one bit a number, on the linear layers of a part.
 
     B starts with a deviation of 0.001, as in the paper's code: at zero it would have no sign. So the model
@@ -77,32 +73,6 @@ class BinaryLora(Method):
             self.joined.append(Joined(layer, update, self.name))
             for leaf in ("lora_A", "lora_B"):
                 self.parameters[f"{layer.name}.{leaf}"] = update.get_parameter(leaf)
-
-    def save(self, folder: Path, tensors: Gathered) -> None:
-        """Signs packed in uint8; mean and deviation of each factor in float32."""
-        written = {key: pack(tensor >= tensor.mean()) for key, tensor in tensors.items()}
-        written |= {key + STATISTICS: statistics(tensor) for key, tensor in tensors.items()}
-        super().save(folder, written)
-
-    def save_latent(self, folder: Path, tensors: Gathered) -> None:
-        """The factors as floats."""
-        save_floats(folder, tensors)
-
-    def read(self, folder: Path) -> dict[str, Tensor]:
-        """As in Method: the floats where they are, else others that give the same factors."""
-        if (folder / LATENT).is_file():
-            return read_tensors(folder / LATENT, self.parameters)
-        path = folder / self.file_name
-        expected = dict(self.parameters) | {key + STATISTICS: p for key, p in self.parameters.items()}
-        written = read_tensors(path, expected)
-        return {
-            key: latent(unpack_checked(path, key, written[key], parameter), written[key + STATISTICS])
-            for key, parameter in self.parameters.items()
-        }
-
-    def bytes_stored(self) -> int:
-        """Of each factor an eighth of a byte a number, and two floats."""
-        return sum(bytes_of(count_of(parameter)) + 8 for parameter in self.parameters.values())
 
     def set_active(self, active: bool) -> None:
         """As in Method."""
