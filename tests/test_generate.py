@@ -12,6 +12,7 @@ import tiny
 import tiny_languages
 import torch
 import transformers
+from grid import forced
 
 from vlm_adapt.language.causal import CausalLanguage
 from vlm_adapt.language.decode import decode
@@ -37,22 +38,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config = getattr(transformers, f"{name}Config")(**settings | more | long)
         tiny.seeded(transformers.AutoModelForCausalLM.from_config, config).save_pretrained(folder / family)
     return folder
-
-
-def forced(ours: Any, sentence: Sentence, seed: int, answer: list[int]) -> list[int]:
-    """What the model would choose at each position of `answer`, were it fed the rest."""
-    row = rows.row(ours, sentence, seed, learn=False)
-    start = len(row)
-    for token in answer[:-1]:
-        for name, value in (
-            ("ids", token),
-            ("blocks", int(row.blocks[-1]) + 1),
-            ("branches", 0),
-            ("positions", int(row.positions[-1]) + 1),
-        ):
-            setattr(row, name, np.append(getattr(row, name), value))
-    logits_BTV = ours.model.logits(rows.batch(ours, [row]))
-    return logits_BTV[0, start - 1 :].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2", "gemma3", "mistral"])
