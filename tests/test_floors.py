@@ -16,7 +16,7 @@ MOST_LINES = 300
 FLOORS = [
     set("__init__ attention errors exits quiet choices sentence template image_spec dist config".split())
     | {"folders"},
-    set("vision language connectors adapt data metrics weights".split()),
+    set("vision language text connectors heads adapt data metrics weights".split()),
     {"models"},
     set("train evaluate chat export report".split()),
     {"cli", "__main__"},
