@@ -1,34 +1,26 @@
 """One sample of the stream made ready: read, decoded, phrased and encoded, or refused with a reason.
 
-Knows shards, phrasing and encoding; knows nothing about ranks, batches or the order of samples.
-Picklable, so that worker processes can carry it.
+Knows phrasing and encoding; samples by number are in samples.py. Knows nothing about ranks, batches or the
+order of samples. Picklable, so that worker processes can carry it.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from vlm_adapt.config.schema import Data, Source
 from vlm_adapt.data.encode import Encoded, Encoder
-from vlm_adapt.data.masks import check_mask
 from vlm_adapt.data.patches import image_tokens, load_images
 from vlm_adapt.data.phrase import Asked, Images, Phrasing
-from vlm_adapt.data.problems import Account, BadSample, Problem, source_names
-from vlm_adapt.data.sample import Sample, parse_sample
-from vlm_adapt.data.select import selection
-from vlm_adapt.data.shards import SampleRef, ShardSet
+from vlm_adapt.data.problems import Account, BadSample
+from vlm_adapt.data.sample import Sample
+from vlm_adapt.data.samples import Samples, clear, generator_of
 from vlm_adapt.data.sizes import seen_size
-from vlm_adapt.data.storage import is_local
 from vlm_adapt.data.tasks.task import make_task
-from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.sentence import Sentence
 from vlm_adapt.template import Template
@@ -43,7 +35,7 @@ class Prompt:
     key: str
 
 
-class Reader:
+class Reader(Samples):
     """Samples by number over all sources.
 
     Args:
@@ -64,11 +56,8 @@ class Reader:
         seed: int = 0,
         data: Data | None = None,
     ):
-        data = data or Data()
-        self.encoder, self.image_spec, self.seed, self.max_pixels = encoder, image_spec, seed, data.max_pixels
-        cache, limit = data.cache_dir, round(data.cache_gb * 1e9)
-        self.sets = [ShardSet(source.shards, cache, limit) for source in sources]
-        self.names = source_names(sources)
+        super().__init__(sources, seed, data)
+        self.encoder, self.image_spec = encoder, image_spec
         branches = template.prompt_is_causal and not encoder.seq2seq
         self.phrasings = [
             Phrasing(
@@ -82,51 +71,6 @@ class Reader:
             )
             for source in sources
         ]
-        self.selections = [selection(source, one) for source, one in zip(sources, self.sets, strict=True)]
-        self.chosen = [
-            (range(len(one)) if kept is None else kept.kept)[: source.limit]
-            for source, one, kept in zip(sources, self.sets, self.selections, strict=True)
-        ]
-        # Samples are numbered through those that were chosen.
-        self.starts = [0, *accumulate(map(len, self.chosen))]
-
-    def __len__(self) -> int:
-        """Samples of all sources: those that their settings leave in."""
-        return self.starts[-1]
-
-    @property
-    def problems(self) -> list[Problem]:
-        """What the shards' indexes found wrong."""
-        return [problem for one in self.sets for problem in one.problems]
-
-    @property
-    def remote(self) -> bool:
-        """Whether some shards are not local files."""
-        return not all(is_local(index.path) for one in self.sets for index in one.indexes)
-
-    def counts(self, source: int) -> tuple[int, ...]:
-        """Samples of each shard of a source, as far as its settings leave them in."""
-        ends = [0, *accumulate(self.sets[source].counts)]
-        chosen = self.chosen[source]
-        if isinstance(chosen, range):
-            places = [min(end, len(chosen)) for end in ends]
-        else:
-            places = np.searchsorted(chosen, ends).tolist()
-        return tuple(high - low for low, high in zip(places[:-1], places[1:], strict=True))
-
-    def mark(self, source: int) -> str:
-        """16 letters that differ when a source's samples would: their keys, and which of them are in."""
-        digest = hashlib.blake2b(digest_size=8)
-        for index in self.sets[source].indexes:
-            digest.update(index.key_text)
-        chosen = self.chosen[source]
-        digest.update(repr(chosen).encode() if isinstance(chosen, range) else chosen.tobytes())
-        return digest.hexdigest()
-
-    def locate(self, number: int) -> tuple[int, int]:
-        """(source, number of the sample in that source's shards)."""
-        source = bisect_right(self.starts, number) - 1
-        return source, int(self.chosen[source][number - self.starts[source]])
 
     def sample(self, number: int) -> tuple[Sample, Phrasing]:
         """The sample, with the images that its source's task shows, and its source's phrasing.
@@ -134,14 +78,7 @@ class Reader:
         Raises:
             BadSample: its bytes or record cannot be used.
         """
-        source, local = self.locate(number)
-        key, members = self.sets[source].read(local)
-        sample, phrasing = parse_sample(key, members), self.phrasings[source]
-        masks = [mask for mask in (sample.mask, *sample.masks.values()) if mask is not None]
-        if masks and sample.images:
-            size = seen_size(sample.images[0], self.max_pixels)
-            for mask in masks:
-                check_mask(mask, size)
+        sample, phrasing = self.raw(number), self.phrasings[self.locate(number)[0]]
         kept = phrasing.images(sample.record, len(sample.images))
         return replace(sample, images=[sample.images[place] for place in kept]), phrasing
 
@@ -150,19 +87,6 @@ class Reader:
         if not phrasing.needs_sizes:
             return len(sample.images)
         return [seen_size(data, self.max_pixels) for data in sample.images]
-
-    def key(self, number: int) -> str:
-        """The key of a sample, without reading it."""
-        return self._ref(number).key
-
-    def place(self, number: int) -> str:
-        """A sample in words: its key and shard."""
-        ref = self._ref(number)
-        return f"'{ref.key}' of {ref.shard}"
-
-    def _ref(self, number: int) -> SampleRef:
-        source, local = self.locate(number)
-        return self.sets[source].ref(local)
 
     def training(
         self,
@@ -180,7 +104,7 @@ class Reader:
                 in the account by whoever asks for the first one.
             rows_apart: its texts went to different rows, which the account is told.
         """
-        name = self.names[self.locate(number)[0]]
+        name = self.source_of(number)
         counts = texts is None or not len(texts) or 0 in texts
         try:
             sample, sentences, draws = self._sentences(number, epoch, position)
@@ -207,7 +131,7 @@ class Reader:
 
     def twin(self) -> Reader:
         """The same samples for another thread."""
-        other = copy.copy(self)
+        other = super().twin()
         other.encoder = self.encoder.twin()
         return other
 
@@ -216,20 +140,20 @@ class Reader:
     ) -> tuple[Sample, list[Sentence], np.random.Generator]:
         """The sample, its sentences of this epoch, and the draws that its images may need."""
         sample, phrasing = self.sample(number)
-        generator = _generator(self.seed, epoch, position)
-        sentences = _clear(phrasing.training, sample.record, self._images(sample, phrasing), generator)
-        return sample, sentences, _generator(self.seed, epoch, position, 1)
+        generator = generator_of(self.seed, epoch, position)
+        sentences = clear(phrasing.training, sample.record, self._images(sample, phrasing), generator)
+        return sample, sentences, generator_of(self.seed, epoch, position, 1)
 
     def _encoded(
         self, sample: Sample, sentences: Sequence[Sentence], draws: np.random.Generator | None = None
     ) -> list[Encoded]:
         lengths = self.image_tokens(sample, draws)
-        return [_clear(self.encoder.encode, sentence, lengths, sample.key) for sentence in sentences]
+        return [clear(self.encoder.encode, sentence, lengths, sample.key) for sentence in sentences]
 
     def references(self, sample: Sample, phrasing: Phrasing) -> list[Encoded]:
         """Rows that hold every reference of a sample, for its held-out loss."""
         images = self._images(sample, phrasing)
-        return self.rows(sample, _clear(phrasing.references, sample.record, images))
+        return self.rows(sample, clear(phrasing.references, sample.record, images))
 
     def prompts(
         self, sample: Sample, phrasing: Phrasing, images: Sequence[bytes] | None = None
@@ -243,9 +167,9 @@ class Reader:
         if images is not None:
             pixels = self.pixels(replace(sample, images=list(images)), like=pixels)
         prompts = []
-        for asked in _clear(phrasing.evaluation, sample.record, self._images(sample, phrasing)):
+        for asked in clear(phrasing.evaluation, sample.record, self._images(sample, phrasing)):
             lengths = self.image_tokens(sample)
-            row = _clear(self.encoder.encode, asked.sentence, lengths, sample.key, learn=False)
+            row = clear(self.encoder.encode, asked.sentence, lengths, sample.key, learn=False)
             if row.cut:
                 raise BadSample("the questions on one image are too long for max_length")
             row.pixels = pixels
@@ -282,16 +206,3 @@ class Reader:
             like: images of another sample that these take the place of, with as many tokens.
         """
         return load_images(sample.images, self.image_spec, self.max_pixels, draws, like)
-
-
-def _clear(call: Any, *arguments: Any, **named: Any) -> Any:
-    """Call something that blames the user for a bad sample; the sample is refused, the run goes on."""
-    try:
-        return call(*arguments, **named)
-    except UserError as error:
-        raise BadSample("messages or images do not fit together", str(error)) from error
-
-
-def _generator(*words: int) -> np.random.Generator:
-    digest = hashlib.blake2b(repr(words).encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
