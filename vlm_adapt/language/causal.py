@@ -224,7 +224,10 @@ class CausalLanguage(Language):
                 use_cache=True,
             )
             next_BW = next_BW + 1
-            return self.logits(output.last_hidden_state[there_BW])
+            states_ND = output.last_hidden_state[there_BW]
+            if settings.on_states:
+                settings.on_states(ids_N, states_ND)
+            return self.logits(states_ND)
 
         return decode(self.logits(first_BWD[there_BW]), step, settings, stop_ids)
 

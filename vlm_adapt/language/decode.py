@@ -44,7 +44,11 @@ def decode(
         busy = 0.0 if all(finished) else 1.0
         if settings.synced:
             busy = dist.total([busy])[0]
-        if not busy or number == settings.max_new_tokens - 1:
+        if not busy:
+            break
+        if number == settings.max_new_tokens - 1:
+            if settings.on_states:
+                step(ids_B)  # the last token is read, too, for its state
             break
         logits_BV = step(ids_B)
     return rows

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm_adapt.language.layout import Layout
 from vlm_adapt.language.loss import cross_entropy
 from vlm_adapt.language.places import Prompt, Prompts
+from vlm_adapt.language.token_row import TokenRow
 
 LOGIT_ROWS_AT_ONCE = 4096  # rows of logits held at a time: at 150 k words, 2.4 GB in float32
 
@@ -67,6 +68,8 @@ class Generation:
     seed: int | None = None
     on_token: Callable[[list[int | None]], None] | None = None
     synced: bool = False  # keep stepping until every rank has finished (ZeRO-3 gathers together)
+    # Called with (ids_N, states_ND) of every step: the tokens just read, and the states that have read them.
+    on_states: Callable[[Tensor, Tensor], None] | None = None
 
 
 class Language(nn.Module):
@@ -78,6 +81,7 @@ class Language(nn.Module):
         prompts: learned vectors with places of their own in every text.
         ladder: a side network that keeps activations in the model's stead; None for none.
         tokenizer: the run's; prompts that start from words ask it.
+        rows: tokens beside the table, trained with another part and not among this one's modules.
     """
 
     seq2seq: bool
@@ -89,6 +93,7 @@ class Language(nn.Module):
         self.ladder: nn.Module | None = None
         self.prompts = Prompts()
         self.tokenizer: Any = None
+        self.rows: list[TokenRow] = []
 
     @property
     def config(self) -> Any:
@@ -107,7 +112,13 @@ class Language(nn.Module):
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """ids [B, T] -> embeddings [B, T, D], scaled as the model scales its own (Gemma)."""
-        return self.model.get_input_embeddings()(ids_BT)
+        table = self.model.get_input_embeddings()
+        if not self.rows:
+            return table(ids_BT)
+        embeds_BTD = table(ids_BT.clamp_max(table.num_embeddings - 1))
+        for row in self.rows:
+            embeds_BTD = row.embed(ids_BT, embeds_BTD)
+        return embeds_BTD
 
     @torch.no_grad()
     def embedding_rms(self) -> float:
@@ -125,6 +136,8 @@ class Language(nn.Module):
     def logits(self, hidden_D: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V], with the scale or soft cap that the model declares."""
         logits = self.model.get_output_embeddings()(hidden_D)
+        for row in self.rows:
+            logits = row.score(hidden_D, logits)
         config = self.config
         if getattr(config, "logits_scaling", None):
             divides = config.model_type.startswith("granite")  # HyperCLOVA X multiplies
@@ -151,7 +164,11 @@ class Language(nn.Module):
         Returns:
             (sum of cross-entropies in float32, losses_N detached)
         """
-        hidden_BTD = self.hidden(inputs)
+        losses_N = self.token_losses(self.hidden(inputs), predict_from_N, targets_N)
+        return losses_N.sum(), losses_N.detach()[: len(targets_N)]
+
+    def token_losses(self, hidden_BTD: Tensor, predict_from_N: Tensor, targets_N: Tensor) -> Tensor:
+        """Each target's cross-entropy in float32, from the last hidden states; a zero for no targets."""
         picked_ND = hidden_BTD.flatten(0, 1)[predict_from_N]
         losses = []
         for start in range(0, max(1, len(targets_N)), LOGIT_ROWS_AT_ONCE):
@@ -161,8 +178,7 @@ class Language(nn.Module):
                 losses.append(checkpoint(self._losses, *pieces, use_reentrant=False))
             else:
                 losses.append(self._losses(*pieces))
-        losses_N = torch.cat(losses)
-        return losses_N.sum(), losses_N.detach()[: len(targets_N)]
+        return torch.cat(losses)
 
     def _losses(self, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         if not len(targets_N):
