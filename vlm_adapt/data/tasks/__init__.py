@@ -18,3 +18,6 @@ TASKS = Choices(
         "vqg": "vlm_adapt.data.tasks.vqg:Vqg",
     },
 )
+
+# What segmenters learn from; these make no words.
+MASK_TASKS = Choices("task of masks", {"masks": "vlm_adapt.data.tasks.masks:Masks"})

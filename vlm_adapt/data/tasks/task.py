@@ -18,10 +18,10 @@ import numpy as np
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
-from vlm_adapt.choices import nearest
+from vlm_adapt.choices import Choices, nearest
 from vlm_adapt.config import schema
 from vlm_adapt.data.problems import BadSample
-from vlm_adapt.data.tasks import TASKS
+from vlm_adapt.data.tasks import MASK_TASKS, TASKS
 from vlm_adapt.data.tasks.languages import name_of
 from vlm_adapt.data.tasks.prompts import check_prompt, fields_of, fill
 from vlm_adapt.errors import UserError
@@ -118,7 +118,18 @@ def make_task(settings: schema.Task | None) -> Task | None:
     """
     if settings is None:
         return None
-    kind = TASKS.load(settings.name)
+    if settings.name in MASK_TASKS:
+        raise UserError(
+            f"task '{settings.name}' is for segmenters (model.kind): a model that answers in words takes "
+            f"{', '.join(sorted(TASKS))}"
+        )
+    made: Task = from_settings(settings, TASKS)
+    return made
+
+
+def from_settings(settings: schema.Task, table: Choices) -> Any:
+    """The task of a table with its settings. Raises UserError, as `make_task`."""
+    kind = table.load(settings.name)
     known = [one.name for one in dataclasses.fields(kind)]
     for key in settings.options:
         if key not in known:
@@ -127,10 +138,9 @@ def make_task(settings: schema.Task | None) -> Task | None:
                 f"{nearest(key, known) or ': known are ' + ', '.join(known)}"
             )
     try:
-        made: Task = kind(**settings.options)
+        return kind(**settings.options)
     except ValidationError as error:
         raise UserError(f"task '{settings.name}': {_sentence(error)}") from error
-    return made
 
 
 def _sentence(error: ValidationError) -> str:
