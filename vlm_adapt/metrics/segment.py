@@ -41,7 +41,7 @@ class Confusion:
         classes = len(self.counts_CC)
         for what, values_V in (("truth", truth_V), ("prediction", predicted_V)):
             if values_V.size and not 0 <= values_V.min() <= values_V.max() < classes:
-                wrong = values_V.min() if values_V.min() < 0 else values_V.max()
+                wrong = int(values_V.min()) if values_V.min() < 0 else int(values_V.max())
                 raise UserError(f"class {wrong} of the {what} is not among 0 to {classes - 1}")
         counts = np.bincount(truth_V * classes + predicted_V, minlength=classes * classes)
         self.counts_CC += counts.reshape(classes, classes)
@@ -85,7 +85,7 @@ class Confusion:
         pixels_C = self.pixels_C
         there_C = pixels_C > 0
         weighted = float((self.iou_C[there_C] * pixels_C[there_C]).sum())
-        return weighted / int(pixels_C.sum()) if there_C.any() else math.nan
+        return weighted / float(pixels_C.sum()) if there_C.any() else math.nan
 
     def fb_iou(self, background: int = 0) -> float:
         """Mean IoU of background and foreground, all other classes taken as one."""
@@ -98,7 +98,8 @@ class Confusion:
         pixels_C = self.pixels_C
         most, total = int(pixels_C.argmax()), int(pixels_C.sum())
         share = int(pixels_C[most]) / total if total else math.nan
-        return {"class": most, "miou": share / max(1, np.count_nonzero(pixels_C)), "pixel_accuracy": share}
+        classes = max(1, int(np.count_nonzero(pixels_C)))
+        return {"class": most, "miou": share / classes, "pixel_accuracy": share}
 
     def chance_C(self) -> np.ndarray:
         """IoU of each class that evenly drawn answers would come to; NaN where it has no true pixel."""
