@@ -255,6 +255,7 @@ class ImageSpec:
             known = ", ".join(INTERPOLATIONS)
             raise UserError(f"unknown interpolation '{self.interpolation}': choose {known}")
 
-    def with_size(self, image_size: int | None) -> ImageSpec:
-        """The same with a square of `image_size` pixels, or itself for None."""
-        return self if image_size is None else replace(self, size=(image_size, image_size))
+    def with_size(self, image_size: int | tuple[int, int] | None) -> ImageSpec:
+        """The same with another size: (height, width), a square's side, or itself for None."""
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        return self if size is None else replace(self, size=size)

@@ -140,7 +140,7 @@ def costs(name: str, seed: int, output: Path, steps: int) -> dict[str, Any]:
     from vlm_adapt.config.load import validate
     from vlm_adapt.models.build import build, compute_dtype
     from vlm_adapt.train.feed import build_feed
-    from vlm_adapt.train.prepare import calibrate
+    from vlm_adapt.models.calibrate import calibrate
 
     torch.set_num_threads(1)
     run = validate(tree_of(output / "costs", 0, with_connector(name, None), 8), "bench")

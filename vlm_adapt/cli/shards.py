@@ -208,7 +208,7 @@ def shards_inspect(
             from vlm_adapt.report.look_chart import draw_look
 
             beside = output.with_name(f"{output.stem}-lengths{output.suffix or '.png'}")
-            most, batching = feed.run.model.language.max_length, feed.run.data.batching
+            most, batching = feed.run.language_model.language.max_length, feed.run.data.batching
             print(f"picture: {draw_look(lengths, beside, tower_size(feed), most, batching)}")
 
 

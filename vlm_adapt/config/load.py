@@ -15,9 +15,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from vlm_adapt.choices import nearest
+from vlm_adapt.config.models import KINDS
 from vlm_adapt.config.schema import Run, StageError
 from vlm_adapt.errors import UserError
 
+BRANCHES = ("float", "int", "str")
 HERE = "${folder}"  # of the file itself: a merged model names its parts by it, and may be moved
 
 
@@ -104,9 +106,17 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     inner = first.get("ctx", {}).get("error")
     if isinstance(inner, StageError) and isinstance(inner.error, ValidationError):
         return f"stage '{inner.name}': {_sentence(inner.error, model)}"
+    # Branches of a union are part of the place, and nothing that the user wrote.
     keys = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
-    dotted = ".".join(str(part) for part in keys)
+    said = [part for place, part in enumerate(keys) if not (place and part in (*KINDS, *BRANCHES))]
+    dotted = ".".join(str(part) for part in said)
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"].startswith("union_tag"):
+        tree = first["input"]
+        given = str(tree.get("kind") if isinstance(tree, dict) else tree)
+        return (
+            f"'{dotted}.kind' is {given!r}{nearest(given, KINDS) or ':'} known are {', '.join(KINDS)}{more}"
+        )
     if first["type"] == "extra_forbidden":
         known = _fields(model, keys[:-1])
         hint = nearest(str(keys[-1]), known) or ": known are " + ", ".join(known)
@@ -121,6 +131,8 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
 def _fields(model: type[BaseModel], keys: Sequence[Any]) -> list[str]:
     """The names known at a place of the tree, following lists and optional values."""
     for key in keys:
+        if key in KINDS:
+            model = KINDS[key]
         if isinstance(key, int) or key not in model.model_fields:
             continue
         model = next(_models(model.model_fields[key].annotation), model)

@@ -9,68 +9,31 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    """A frozen part of a run; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class OpenSection(BaseModel):
-    """A frozen part of a run whose further keys belong to the part that it names."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The keys beyond the declared ones."""
-        return dict(self.model_extra or {})
-
-
-class Vision(Section):
-    """The tower. `model` is `open_clip:NAME`, `timm:NAME`, `hf:NAME`, `navit:SIZE` or a folder."""
-
-    model: str
-    weights: str = "hub:"
-    image_size: int | None = Field(None, gt=0, description="pixels a side; None is the model's own")
-    layers: tuple[int, ...] = Field((-1,), min_length=1, description="depths whose features are read")
-    options: dict[str, Any] = {}
-
-
-class Connector(OpenSection):
-    """From tower features to language tokens; further keys go to the connector named."""
-
-    name: str = "mlp"
-
-
-class Language(Section):
-    """The language model: a hub name, `package:NAME` or a folder."""
-
-    model: str
-    weights: str = "hub:"
-    template: Literal["auto", "tokenizer", "plain", "bare"] = "auto"
-    system: str | None = Field(None, description="system message; None is the template's own default")
-    prefix_lm: bool = Field(False, description="read the prompt both ways (PaLI, PaliGemma)")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
-    max_length: int = Field(2048, gt=8, description="tokens a sample may have, images included")
-
-
-class Model(Section):
-    """Tower, connector and language; `state_size` is the length of state vectors, 0 for none."""
-
-    vision: Vision
-    connector: Connector = Connector()
-    language: Language
-    state_size: int = Field(0, ge=0)
+from vlm_adapt.config.models import (
+    AnyModel,
+    Connector,
+    Decoder,
+    Head,
+    Language,
+    Masks,
+    Model,
+    OpenSection,
+    Promptable,
+    Section,
+    Segmenter,
+    TextEncoder,
+    Vision,
+)
+from vlm_adapt.errors import UserError
 
 
 class Adapt(OpenSection):
     """One line of the adaptation plan; further keys are the method's own settings."""
 
     method: str
-    where: Literal["vision", "connector", "language"]
+    where: Literal["vision", "connector", "language", "masks"]
     blocks: int | str | tuple[int, ...] | None = Field(
         None, description='only these: a number, a list, or a slice such as "-4:"'
     )
@@ -122,6 +85,22 @@ class Source(Section):
     )
 
 
+class Augment(Section):
+    """How an image and its mask vary in training: scaled, cropped to the tower's size, mirrored."""
+
+    scale: tuple[float, float] = Field((0.5, 2.0), description="drawn from this range, 1 is fitting")
+    crop: bool = Field(True, description="a part of the tower's size; else squashed to it")
+    flip: bool = True
+    jitter: float = Field(0.0, ge=0, le=1, description="of brightness, contrast and colour, as a share")
+
+    @field_validator("scale")
+    @classmethod
+    def _range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("it is [smallest, largest], both above 0")
+        return value
+
+
 class Data(Section):
     """What is trained on and what is held out."""
 
@@ -156,6 +135,10 @@ class Data(Section):
     cache_dir: str | None = Field(None, description="keeps indexes, and what was read of remote shards")
     cache_gb: float = Field(50.0, ge=0, description="the most it may take; the least used goes first")
 
+    augment: Augment | None = Field(
+        Augment(), description="how images with masks vary in training; null: as in evaluation"
+    )
+
     @field_validator("train", "evaluate", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
@@ -177,13 +160,15 @@ class Train(Section):
     distill_features: Literal["connector", "vision"] | None = Field(
         None, description="which features; None is the connector's, beside `base` the tower's"
     )
+    cross_entropy_weight: float = Field(2.0, ge=0, description="of a mask's binary cross-entropy in chat")
+    dice_weight: float = Field(0.5, ge=0, description="of a mask's dice loss in chat")
     cache_features: int = Field(0, ge=0, description="images whose features a frozen tower keeps in memory")
     per_device_train_batch_size: int = Field(8, gt=0, description="rows a process and microbatch")
     gradient_accumulation_steps: int = Field(1, gt=0)
     max_steps: int = Field(0, ge=0, description="0 leaves it to num_train_epochs")
     num_train_epochs: float = Field(1.0, gt=0)
     learning_rate: float = Field(1e-4, gt=0)
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "polynomial", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     warmup_steps: int = Field(0, ge=0, description="takes precedence over warmup_ratio when above 0")
     weight_decay: float = Field(0.0, ge=0)
@@ -212,6 +197,11 @@ class Evaluate(Section):
     best_metric: str = Field("loss", description="the best checkpoint is kept by this; dots reach inside")
     greater_is_better: bool = False
     limit: int | None = Field(None, gt=0, description="samples used by evaluations inside training")
+    unseen: tuple[str, ...] = Field((), description="labels whose scores are given apart (zero-shot)")
+    window: Literal["sliding", "whole"] = Field("sliding", description="how large images are segmented")
+    base_size: int | None = Field(None, gt=0, description="long side before windows; None: fits the tower")
+    scales: tuple[float, ...] = Field((1.0,), min_length=1, description="sizes whose answers are averaged")
+    flip: bool = Field(False, description="also mirrored")
 
 
 class Stage(Section):
@@ -228,7 +218,7 @@ class Run(Section):
 
     output_dir: str
     seed: int = 0
-    model: Model
+    model: AnyModel
     adapt: tuple[Adapt, ...] = (Adapt(method="full", where="connector"),)
     adapter: str | None = Field(
         None, description="an adapter or checkpoint to build on: lines that `adapt` repeats go on training"
@@ -245,6 +235,20 @@ class Run(Section):
             raise ValueError("stages need different names")
         self.stage_runs()
         return self
+
+    @property
+    def language_model(self) -> Model:
+        """The model, where a verb is about words.
+
+        Raises:
+            UserError: it is of another kind.
+        """
+        if not isinstance(self.model, Model):
+            raise UserError(
+                f"this is for models that answer in words, and model.kind is '{self.model.kind}': choose a "
+                "checkpoint of a vision-language model"
+            )
+        return self.model
 
     def stage_runs(self) -> list[tuple[str, Run]]:
         """The run of each stage, by name: this run with the stage's differences written in."""
@@ -270,3 +274,10 @@ class StageError(ValueError):
     def __init__(self, name: str, error: ValueError):
         self.name, self.error = name, error
         super().__init__(f"stage '{name}': {error}")
+
+
+__all__ = [
+    "Adapt", "AnyModel", "Augment", "Connector", "Data", "Decoder", "Evaluate", "Head", "Keep", "Language",
+    "Masks", "Model", "OpenSection", "Promptable", "Run", "Section", "Segmenter", "Source", "Stage",
+    "StageError", "Task", "TextEncoder", "Train", "Vision",
+]  # fmt: skip

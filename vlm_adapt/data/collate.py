@@ -19,6 +19,8 @@ from torch import Tensor
 
 from vlm_adapt.data.encode import FILLER_ID, Encoded
 from vlm_adapt.data.patches import Patches, stand_in, together
+from vlm_adapt.data.token_masks import MaskSpec, TokenMasks
+from vlm_adapt.data.token_masks import together as masks_together
 from vlm_adapt.image_spec import Native
 
 
@@ -44,6 +46,7 @@ class Batch:
         writers_BW: where answers begin after prompts: each branch's last token; -1 where a row has fewer.
         keys: the samples' keys, document after document.
         samples: how many samples of the stream went in (a sample may make several rows).
+        masks: what the texts' mask tokens mean, where the model has such a token.
     """
 
     ids_BT: Tensor
@@ -64,6 +67,7 @@ class Batch:
     keys: tuple[str, ...] = ()
     samples: int = 0
     patches: Patches | None = None
+    masks: TokenMasks | None = None
     prompt_positions_DP: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
 
     @property
@@ -77,7 +81,7 @@ class Batch:
             value = getattr(self, one.name)
             if isinstance(value, Tensor):
                 changed[one.name] = change(value)
-            elif isinstance(value, Patches):
+            elif isinstance(value, Patches | TokenMasks):
                 changed[one.name] = value.each(change)
         return replace(self, **changed)
 
@@ -88,6 +92,16 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from where a GPU takes it without waiting."""
         return self._each(lambda tensor: tensor.pin_memory())
+
+    @property
+    def learned(self) -> int:
+        """How many targets there are: what the loss is divided by, over all ranks."""
+        return len(self.targets_N)
+
+    @property
+    def places(self) -> int:
+        """Positions, padding included."""
+        return self.ids_BT.numel()
 
     @property
     def tokens(self) -> int:
@@ -105,6 +119,7 @@ def collate(
     seq2seq: bool = False,
     length: int = 0,
     native: Native | None = None,
+    masks: MaskSpec | None = None,
 ) -> Batch:
     """Put rows together; no rows at all give one row of padding that a rank can still run.
 
@@ -116,6 +131,7 @@ def collate(
         samples: what `Batch.samples` says; by default the number of rows.
         native: how images of native sizes are cut, for the stand-in.
         length: the least T (packed rows keep one shape, which compilers and GPUs like).
+        masks: what the model wants of masks, if it has a token for them.
 
     Raises:
         ValueError: texts of an encoder-decoder cannot share a row, or texts were encoded for different
@@ -132,6 +148,7 @@ def collate(
     documents = np.zeros((count, length), np.int64)
     predict_from, targets, images, positions = [], [], [], []
     states, state_positions, lengths, prompts = [], [], [], []
+    placed = []
     decoder_length = max(
         (len(t.decoder_ids) for row in texts for t in row if t.decoder_ids is not None), default=1
     )
@@ -150,6 +167,7 @@ def collate(
             else:
                 predict_from.append(text.predict_from + offset)
             targets.append(text.targets)
+            placed.append((text, offset, len(images)))
             for image_start, index, taken in zip(
                 text.image_starts, text.image_order, text.image_lengths, strict=True
             ):
@@ -186,6 +204,7 @@ def collate(
         writers_BW=torch.from_numpy(_writers(texts)),
         keys=tuple(text.key for row in texts for text in row),
         samples=len(rows) if samples is None else samples,
+        masks=None if masks is None else masks_together(placed, masks),
     )
 
 

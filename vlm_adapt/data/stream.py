@@ -10,16 +10,15 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
 from torch.utils.data import Dataset
 
-from vlm_adapt.data.collate import Batch, collate
+from vlm_adapt.data.collate import collate
 from vlm_adapt.data.problems import Account
-from vlm_adapt.data.reader import Reader
 from vlm_adapt.data.rows import Cursor, Row, Rows
 from vlm_adapt.data.storage.notes import noted
 from vlm_adapt.data.workers import Ahead, Workers, tell_what_is_read
@@ -55,21 +54,21 @@ class Step(Generic[Cursor]):
         wait: seconds that training waited for it.
     """
 
-    batches: list[Batch]
+    batches: list[Any]
     cursor: Cursor
     epoch: int
     account: Account
     wait: float = 0.0
 
 
-class Microbatches(Dataset[tuple[Batch, Account]]):
+class Microbatches(Dataset[tuple[Any, Account]]):
     """Makes a microbatch of its rows; runs in worker processes."""
 
-    def __init__(self, reader: Reader, options: dict[str, Any]):
-        self.reader, self.options = reader, options
+    def __init__(self, reader: Any, options: dict[str, Any], collate: Callable[..., Any] = collate):
+        self.reader, self.options, self.collate = reader, options, collate
         self.told: dict[str, int] = {}  # notes of this process that are in an account already
 
-    def __getitem__(self, rows: Any) -> tuple[Batch, Account]:
+    def __getitem__(self, rows: Any) -> tuple[Any, Account]:
         account, made = Account(), []
         for row in rows:
             row_texts: list[Any] = []
@@ -87,22 +86,29 @@ class Microbatches(Dataset[tuple[Batch, Account]]):
             account.mended[str(problem)] = count - self.told.get(str(problem), 0)
             self.told[str(problem)] = count
         account.mended = {reason: count for reason, count in account.mended.items() if count}
-        return collate(made, samples=account.used, **self.options), account
+        return self.collate(made, samples=account.used, **self.options), account
 
 
 class Stream(Generic[Cursor]):
     """Steps from a cursor on.
 
     Args:
-        options: of `collate`.
+        reader: of texts or of masks: `training(number, epoch, position, account, texts, apart)` gives rows.
+        options: of `collate`, which puts rows together.
         workers: processes that read ahead; 0 reads in this one.
     """
 
     def __init__(
-        self, reader: Reader, rows: Rows[Cursor], shape: Shape, options: dict[str, Any], workers: int = 0
+        self,
+        reader: Any,
+        rows: Rows[Cursor],
+        shape: Shape,
+        options: dict[str, Any],
+        workers: int = 0,
+        collate: Callable[..., Any] = collate,
     ):
         self.reader, self.rows, self.shape, self.workers = reader, rows, shape, workers
-        self.dataset = Microbatches(reader, options)
+        self.dataset = Microbatches(reader, options, collate)
 
     @property
     def steps_per_epoch(self) -> int:

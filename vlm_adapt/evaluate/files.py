@@ -11,19 +11,19 @@ from pathlib import Path
 
 from vlm_adapt.config.schema import Run
 from vlm_adapt.evaluate.scores import Scores
-from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.assembled import AssembledModel
 
 THUMBNAILS = 96  # samples with a picture in the report
 SIDE = 192  # pixels
 
 
-def write_scores(folder: Path, scores: Scores, assembled: Assembled, run: Run) -> None:
+def write_scores(folder: Path, scores: Scores, assembled: AssembledModel, run: Run) -> None:
     """Write `metrics.json`, then a line a question in `predictions.jsonl`, with pictures for the first."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(
         json.dumps(scores.metrics, indent=1, ensure_ascii=False), encoding="utf-8"
     )
-    pictures = _thumbnails(folder, assembled, run)
+    pictures = _thumbnails(folder, assembled, run) if assembled.thumbnails else {}
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for row in scores.predictions:
             number = row["number"]
@@ -31,7 +31,7 @@ def write_scores(folder: Path, scores: Scores, assembled: Assembled, run: Run) -
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
-def _thumbnails(folder: Path, assembled: Assembled, run: Run) -> dict[int, str]:
+def _thumbnails(folder: Path, assembled: AssembledModel, run: Run) -> dict[int, str]:
     """Small JPEGs of the first held-out samples, by number; paths relative to `folder`."""
     from PIL import Image
 

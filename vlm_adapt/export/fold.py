@@ -153,7 +153,7 @@ class Merge:
         assembled, run = self.assembled, self.run
         changed = {line.where for line, _ in self.folded}
         parts = {"vision": "as it was", "language": "as it was"}
-        vision, language = run.model.vision, run.model.language
+        vision, language = run.language_model.vision, run.language_model.language
         lines = [line for line, _ in self.kept]
         if "vision" in changed:
             words = save_tower(assembled.model.vision, vision, target / "vision", kind)

@@ -216,7 +216,7 @@ def _check_equal(first: Ingredient, other: Ingredient) -> None:
             f"'{first.folder}' and '{other.folder}' have other plans: a soup is made of runs with the same "
             "lines in `adapt`"
         )
-    check_words(other.run.model, first.run.model, str(other.folder))
+    check_words(other.run.language_model, first.run.language_model, str(other.folder))
     check_base(other.state.get("base"), first.state.get("base"), f"'{other.folder}'", first.labels)
 
 

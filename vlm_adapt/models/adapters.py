@@ -98,7 +98,7 @@ class Adapters:
         run, state = read_checkpoint(place)
         check_files(place, state["labels"])
         check_base(state.get("base"), self._base.base, f"'{folder}'", state["labels"])
-        check_words(run.model, self._base.config, str(folder))
+        check_words(run.language_model, self._base.config, str(folder))
         self._folders[name] = place
         try:
             self._alone[name] = self._made((name,))[0]

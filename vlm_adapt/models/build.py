@@ -5,25 +5,29 @@ Knows which part comes from where; knows nothing about training or files of a ru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from vlm_adapt import weights
 from vlm_adapt.adapt import METHODS
 from vlm_adapt.adapt.method import Method
-from vlm_adapt.adapt.plan import Plan, apply_plan, flatten, make_line
-from vlm_adapt.config.schema import Adapt, Data, Model, Source, Vision
+from vlm_adapt.adapt.plan import flatten, make_line
+from vlm_adapt.config.schema import Adapt, AnyModel, Data, Model, Run, Source, Vision
 from vlm_adapt.connectors import build_connector
+from vlm_adapt.data.collate import Batch, collate
 from vlm_adapt.data.encode import Encoder
 from vlm_adapt.data.reader import Reader
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.load import choose_template, load_language, load_tokenizer
-from vlm_adapt.models.fingerprint import Fingerprint, fingerprint
+from vlm_adapt.models import KINDS
+from vlm_adapt.models.assembled import AssembledModel
+from vlm_adapt.models.calibrate import calibrate
+from vlm_adapt.models.fingerprint import fingerprint
 from vlm_adapt.models.vlm import VisionLanguageModel
 from vlm_adapt.quiet import quiet
 from vlm_adapt.template import Template
@@ -31,43 +35,30 @@ from vlm_adapt.vision import build_tower
 from vlm_adapt.vision.tower import Tower
 
 
-@dataclass
-class Assembled:
-    """A model and what turns samples into its input.
+@dataclass(kw_only=True)
+class Assembled(AssembledModel):
+    """A vision-language model with its tokenizer, template and encoder.
 
     Attributes:
-        plan: what of it trains; None before `adapt`.
         stop_ids: tokens at which an answer ends.
-        dtype: of frozen weights and of the computation.
-        base: marks of the parts as they were before anything was attached.
-        stages: the plan's lines, stage by stage, as `adapt` was given them.
     """
 
     model: VisionLanguageModel
+    config: Model
     tokenizer: Any
     template: Template
     encoder: Encoder
     stop_ids: set[int]
-    config: Model
-    dtype: torch.dtype
-    plan: Plan | None = None
-    base: Fingerprint | None = None
-    stages: Sequence[Sequence[Adapt]] = ()
 
-    def adapt(self, stages: Sequence[Sequence[Adapt]], apart: bool = False) -> Plan:
-        """Apply the plan of the stages so far; the last one's methods train.
+    def unused(self) -> dict[str, set[str]]:
+        """Blocks behind the deepest layer that the connector reads."""
+        return {"vision": set(self.model.vision.unused_modules(self.model.layers))}
 
-        Args:
-            apart: equal lines of two stages are two methods (stacked adapters), not one that goes on.
-        """
-        self.stages = stages
-        unused = {"vision": set(self.model.vision.unused_modules(self.model.layers))}
-        self.plan = apply_plan(self.model.parts(), stages, unused, apart)
-        self.model.penalties = [item.method.penalty for item in self.plan.attached if item.trains]
+    def _after_plan(self) -> None:
+        assert self.plan is not None
         for item in self.plan.attached:
             item.method.resized = self.resize
         self.resize()
-        return self.plan
 
     def expect(self, stages: Sequence[Sequence[Adapt]]) -> None:
         """Encode texts as long as under a plan that is not applied, where no weight is there to adapt."""
@@ -96,6 +87,34 @@ class Assembled:
         return Reader(sources, self.encoder, self.template, system, spec, seed, data)
 
     @property
+    def collate(self) -> Callable[..., Batch]:
+        """See AssembledModel."""
+        return collate
+
+    @property
+    def longest(self) -> int:
+        """See AssembledModel."""
+        return self.encoder.max_length
+
+    @property
+    def objectives(self) -> bool:
+        """See AssembledModel."""
+        return True
+
+    @property
+    def thumbnails(self) -> bool:
+        """See AssembledModel."""
+        return True
+
+    def prepare(self, reader: Any, plan: Any, run: Run) -> None:
+        """Give a connector with `normalise: data` its statistics."""
+        calibrate(self, reader, plan)
+
+    def save_words(self, folder: Path) -> None:
+        """The tokenizer."""
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    @property
     def collate_options(self) -> dict[str, Any]:
         """What `collate` needs to know of this model."""
         return {
@@ -107,8 +126,39 @@ class Assembled:
         }
 
 
-@quiet()
+@overload
 def build(
+    config: Model,
+    dtype: torch.dtype,
+    seed: int = 0,
+    tokenizer_folder: Path | None = None,
+    empty: bool = False,
+) -> Assembled: ...
+
+
+@overload
+def build(
+    config: AnyModel,
+    dtype: torch.dtype,
+    seed: int = 0,
+    tokenizer_folder: Path | None = None,
+    empty: bool = False,
+) -> Any: ...
+
+
+def build(
+    config: AnyModel,
+    dtype: torch.dtype,
+    seed: int = 0,
+    tokenizer_folder: Path | None = None,
+    empty: bool = False,
+) -> Any:
+    """The model of a configuration, of whatever kind, with what feeds it; see `build_vision_language`."""
+    return KINDS.load(config.kind)(config, dtype, seed, tokenizer_folder, empty)
+
+
+@quiet()
+def build_vision_language(
     config: Model,
     dtype: torch.dtype,
     seed: int = 0,
@@ -172,7 +222,16 @@ def build(
     stop_ids = _stop_ids(tokenizer, template, language.model)
     model.stop_ids = stop_ids
     base = fingerprint(model, config)
-    return Assembled(model, tokenizer, template, encoder, stop_ids, config, dtype, base=base)
+    return Assembled(
+        model=model,
+        config=config,
+        dtype=dtype,
+        base=base,
+        tokenizer=tokenizer,
+        template=template,
+        encoder=encoder,
+        stop_ids=stop_ids,
+    )
 
 
 def vision_tower(vision: Vision, dtype: torch.dtype, empty: bool = False) -> Tower:

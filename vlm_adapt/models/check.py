@@ -13,12 +13,13 @@ from pathlib import Path
 from vlm_adapt import weights
 from vlm_adapt.adapt import METHODS
 from vlm_adapt.choices import Choices, nearest
-from vlm_adapt.config.schema import Run
+from vlm_adapt.config.schema import Run, Vision
 from vlm_adapt.connectors import CONNECTORS
 from vlm_adapt.data.shards import expand
 from vlm_adapt.data.tasks.task import make_task
 from vlm_adapt.errors import UserError
 from vlm_adapt.metrics import METRICS
+from vlm_adapt.models import CHECKS
 from vlm_adapt.models.about import settings_of
 from vlm_adapt.models.locate import LATEST
 from vlm_adapt.models.objectives import OBJECTIVES
@@ -36,23 +37,12 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
     Raises:
         UserError: an unknown name or setting (the nearest is named), or shards that are not there.
     """
-    library_of(run.model.vision.model)
-    for named in (run.model.vision.weights, run.model.language.weights):
-        package = weights.parse(named)
-        if package.kind == "package":
-            weights.PACKAGES.check(package.value)
-    if run.model.language.model.startswith("package:"):
-        weights.PACKAGES.check(run.model.language.model.removeprefix("package:"))
-    connector = run.model.connector
-    _check_settings(CONNECTORS, connector.name, connector.options, "model.connector")
+    check_vision(run.model.vision)
+    CHECKS.load(run.model.kind)(run, train)
     stages = run.stage_runs()
     for _, stage in stages:
         for number, line in enumerate(stage.adapt):
-            _check_settings(METHODS, line.method, line.options, f"adapt.{number}")
-        OBJECTIVES.check(stage.train.objective)
-        check_teacher(stage.train, look=train)
-        for name in stage.evaluate.metrics:
-            METRICS.check(name)
+            check_settings(METHODS, line.method, line.options, f"adapt.{number}")
         wanted = (*(stage.data.train if train else ()), *(stage.data.evaluate if evaluate else ()))
         for source in wanted:
             make_task(source.task)  # reads no more than its vocabulary
@@ -65,7 +55,33 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
         check_starts([stage.adapt for _, stage in stages])
 
 
-def _check_settings(table: Choices, name: str, given: Iterable[str], where: str) -> None:
+def check_vision_language(run: Run, train: bool) -> None:
+    """What only models that answer in words have."""
+    model = run.language_model
+    check_package(model.language.weights)
+    check_package(model.language.model)
+    check_settings(CONNECTORS, model.connector.name, model.connector.options, "model.connector")
+    for _, stage in run.stage_runs():
+        OBJECTIVES.check(stage.train.objective)
+        check_teacher(stage.train, look=train)
+        for name in stage.evaluate.metrics:
+            METRICS.check(name)
+
+
+def check_vision(vision: Vision) -> None:
+    """A tower's name, and the package of its weights."""
+    library_of(vision.model)
+    check_package(vision.weights)
+
+
+def check_package(named: str) -> None:
+    """If this names a package, whether there is such a one."""
+    if named.startswith("package:"):
+        weights.PACKAGES.check(named.removeprefix("package:"))
+
+
+def check_settings(table: Choices, name: str, given: Iterable[str], where: str) -> None:
+    """Whether an entry of a table takes these settings, by its source alone."""
     known, is_open = settings_of(table[table.check(name)])
     for key in given:
         if key not in known and not is_open:

@@ -58,21 +58,35 @@ def fingerprint(model: VisionLanguageModel, config: Model) -> Fingerprint:
     }
     plain |= {"width": model.language.width, "state_size": config.state_size}
     return {
-        "vision": {
-            "name": _name(vision.model, vision.weights),
-            "config": _digest([*_shapes(model.vision), _telling(model.vision)]),
-            "weights": "" if vision.weights == "random:" else _digest(_samples(model.vision)),
-        },
+        "vision": marks(model.vision, vision.model, vision.weights),
         "connector": {
             "name": connector.name,
             "config": _digest([json.dumps(plain, sort_keys=True)]),
             "weights": _digest(_samples(model.parts()["connector"])),
         },
-        "language": {
-            "name": _name(language.model, language.weights),
-            "config": _digest([*_shapes(model.language), _telling(model.language)]),
-            "weights": _digest(_samples(model.language)),
-        },
+        "language": marks(model.language, language.model, language.weights),
+    }
+
+
+@torch.no_grad()
+def marks(part: nn.Module, model: str, weights: str) -> dict[str, str]:
+    """The marks of a part that a library gave: a tower, a language or a text encoder."""
+    drawn = weights == "random:"
+    return {
+        "name": _name(model, weights),
+        "config": _digest([*_shapes(part), _telling(part)]),
+        "weights": "" if drawn else _digest(_samples(part)),
+    }
+
+
+@torch.no_grad()
+def own_marks(part: nn.Module, name: str, plain: Mapping[str, Any]) -> dict[str, str]:
+    """The marks of a part of our own, whose weights a seed gives; `plain` is what else it computes by."""
+    words = json.dumps(dict(plain), sort_keys=True, default=str)
+    return {
+        "name": name,
+        "config": _digest([*_shapes(part), words]),
+        "weights": _digest(_samples(part)),
     }
 
 

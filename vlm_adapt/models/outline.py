@@ -15,6 +15,7 @@ from torch import nn
 
 from vlm_adapt.adapt.plan import Attached
 from vlm_adapt.config.schema import Run
+from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.build import build
 
 
@@ -64,7 +65,7 @@ def outline(run: Run) -> list[StageOutline]:
     stages = run.stage_runs()
     found = []
     for number, (name, stage) in enumerate(stages):
-        assembled = build(stage.model, torch.float32, run.seed, empty=True)
+        assembled: AssembledModel = build(stage.model, torch.float32, run.seed, empty=True)
         plan = assembled.adapt([one.adapt for _, one in stages[: number + 1]])
         lines = [_line(item) for item in plan.attached if item.trains]
         parts = {}

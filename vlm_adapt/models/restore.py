@@ -28,6 +28,7 @@ from vlm_adapt.adapt.plan import Attached
 from vlm_adapt.config.load import read_yaml, validate
 from vlm_adapt.config.schema import Adapt, Run
 from vlm_adapt.errors import UserError
+from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.build import Assembled, build, compute_dtype
 from vlm_adapt.models.fingerprint import check_base
 from vlm_adapt.models.locate import LATEST, find_checkpoint
@@ -73,7 +74,18 @@ def plan_of(run: Run, state: dict[str, Any]) -> list[list[Adapt]]:
 
 
 def restore(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Assembled, Run, Path]:
-    """The model of a checkpoint or adapter, ready to evaluate or chat.
+    """The vision-language model of a checkpoint or adapter, ready to chat; arguments as `restore_any`.
+
+    Raises:
+        UserError: also, where it is of another kind.
+    """
+    folder = find_checkpoint(path)
+    read_checkpoint(folder)[0].language_model  # noqa: B018 - a sentence, before anything is loaded
+    return restore_any(folder, dtype)
+
+
+def restore_any(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Run, Path]:
+    """The model of a checkpoint or adapter, of whatever kind, ready to evaluate.
 
     Args:
         path: a checkpoint folder, a run's output folder, or an adapter's folder.
@@ -92,7 +104,7 @@ def restore(path: str | Path, dtype: torch.dtype | None = None) -> tuple[Assembl
     return assembled, run, folder
 
 
-def build_base(run: Run, folder: Path, dtype: torch.dtype | None = None, empty: bool = False) -> Assembled:
+def build_base(run: Run, folder: Path, dtype: torch.dtype | None = None, empty: bool = False) -> Any:
     """The model of a checkpoint before anything is attached; its own tokenizer, if it has one."""
     tokenizer = folder / "tokenizer"
     return build(
@@ -104,7 +116,7 @@ def build_base(run: Run, folder: Path, dtype: torch.dtype | None = None, empty: 
     )
 
 
-def load_trained(assembled: Assembled, folder: Path) -> None:
+def load_trained(assembled: AssembledModel, folder: Path) -> None:
     """Copy a checkpoint's trained tensors into the model's plan; labels that it lacks stay as they are.
 
     Raises:
@@ -138,18 +150,18 @@ def load_method(item: Attached, folder: Path) -> None:
     item.begun = True
 
 
-def load_statistics(assembled: Assembled, folder: Path) -> None:
+def load_statistics(assembled: AssembledModel, folder: Path) -> None:
     """Give the connector what was measured and not trained, if it has such.
 
     Raises:
         UserError: the file is missing, damaged, or another connector's.
     """
-    statistics = connector_statistics(assembled)
+    statistics = assembled.statistics()
     if statistics:
-        connector = assembled.model.connector
+        part = assembled.statistics_part
         for name, tensor in read_tensors(folder / STATISTICS, statistics).items():
             owner, _, leaf = name.rpartition(".")
-            setattr(connector.get_submodule(owner), leaf, tensor.to(statistics[name].device))
+            setattr(part.get_submodule(owner), leaf, tensor.to(statistics[name].device))
 
 
 def check_files(folder: Path, labels: Sequence[str]) -> None:
@@ -177,19 +189,11 @@ def check_files(folder: Path, labels: Sequence[str]) -> None:
                 )
 
 
-def connector_statistics(assembled: Assembled) -> dict[str, torch.Tensor]:
-    """What a connector has measured and not trained, by name."""
-    connector = assembled.model.connector
-    trained = dict(connector.named_parameters())
-    return {name: value for name, value in connector.state_dict().items() if name not in trained}
-
-
 __all__ = [
     "LATEST",
     "STATISTICS",
     "build_base",
     "check_files",
-    "connector_statistics",
     "find_checkpoint",
     "load_method",
     "load_statistics",
@@ -197,4 +201,5 @@ __all__ = [
     "plan_of",
     "read_checkpoint",
     "restore",
+    "restore_any",
 ]

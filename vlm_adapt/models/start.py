@@ -20,7 +20,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.models.locate import find_checkpoint
 
 if TYPE_CHECKING:
-    from vlm_adapt.models.build import Assembled
+    from vlm_adapt.models.assembled import AssembledModel
 
 
 def starts(stages: Sequence[Sequence[Adapt]]) -> dict[str, str]:
@@ -76,7 +76,7 @@ def check_starts(stages: Sequence[Sequence[Adapt]]) -> None:
 
 
 def begin_from(
-    assembled: Assembled, stages: Sequence[Sequence[Adapt]], before: Path | None = None
+    assembled: AssembledModel, stages: Sequence[Sequence[Adapt]], before: Path | None = None
 ) -> list[str]:
     """Copy the tensors that plan lines with `start` begin from into the model's plan.
 

@@ -111,7 +111,11 @@ def make_teacher(assembled: Assembled, run: Run) -> Teacher | None:
     from vlm_adapt.models.restore import restore
 
     own = train.teacher != BASE
-    made = restore(train.teacher, assembled.dtype)[0] if own else build(run.model, assembled.dtype, run.seed)
+    made = (
+        restore(train.teacher, assembled.dtype)[0]
+        if own
+        else build(run.language_model, assembled.dtype, run.seed)
+    )
     model = made.model.requires_grad_(False).eval()
     if train.cache_features:
         model.feature_cache = FeatureCache(train.cache_features)

@@ -50,7 +50,7 @@ def open_feed(run: Run, shards: Sequence[str]) -> Feed:
     """
     stage, staged, source, named = _source_of(run, shards)
     source = source.model_copy(update={"shards": tuple(shards), "limit": None, "keep": None})
-    assembled = build_without_weights(staged.model)
+    assembled = build_without_weights(staged.language_model)
     stages = run.stage_runs()
     last = next(number for number, (name, _) in enumerate(stages) if name == stage)
     assembled.expect([one.adapt for _, one in stages[: last + 1]])

@@ -83,7 +83,7 @@ def tower_size(feed: Feed) -> tuple[int, int] | None:
 
 def row_length(feed: Feed) -> int:
     """Tokens of a packed row of this run."""
-    return feed.run.data.row_length or feed.run.model.language.max_length
+    return feed.run.data.row_length or feed.run.language_model.language.max_length
 
 
 def padded_share(samples: Sequence[Sequence[int]], size: int) -> float:
@@ -129,7 +129,7 @@ def _epochs(lengths: Sequence[int], seed: int) -> Iterator[int]:
 def lines(feed: Feed, found: Look) -> list[tuple[str, str]]:
     """The figures as (name, text), for a terminal."""
     encoder, run = feed.assembled.encoder, feed.run
-    most = run.model.language.max_length
+    most = run.language_model.language.max_length
     size = run.train.per_device_train_batch_size
     rows = [("read as", f"{described(feed)}; batches of {size}, at most {most:,} tokens")]
     for name, values in (("text", found.text), ("image", found.images), ("learned", found.learned)):

@@ -19,8 +19,8 @@ from vlm_adapt import dist
 from vlm_adapt.config.load import dump
 from vlm_adapt.config.schema import Run
 from vlm_adapt.errors import UserError
-from vlm_adapt.models.build import Assembled
-from vlm_adapt.models.restore import LATEST, STATISTICS, connector_statistics
+from vlm_adapt.models.assembled import AssembledModel
+from vlm_adapt.models.restore import LATEST, STATISTICS
 from vlm_adapt.train.engine import Engine
 
 FORMAT = 1
@@ -41,7 +41,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def save(
-    output: Path, run: Run, assembled: Assembled, engine: Engine, state: dict[str, Any], keep: int
+    output: Path, run: Run, assembled: AssembledModel, engine: Engine, state: dict[str, Any], keep: int
 ) -> Path:
     """Write `checkpoint-<step>`; every rank calls it.
 
@@ -79,9 +79,9 @@ def save(
             for item in assembled.plan.attached:  # type: ignore[union-attr]
                 item.method.save(temporary / item.label, trained[item.label])  # type: ignore[arg-type]
                 item.method.save_latent(temporary / item.label, trained[item.label])  # type: ignore[arg-type]
-            assembled.tokenizer.save_pretrained(temporary / "tokenizer")
+            assembled.save_words(temporary)
             save_file(moments, temporary / "optimizer.safetensors")
-            if statistics := connector_statistics(assembled):
+            if statistics := assembled.statistics():
                 save_file({k: v.cpu().contiguous() for k, v in statistics.items()}, temporary / STATISTICS)
             for number, tensors in enumerate(random):
                 save_file(tensors, temporary / f"random-{number}.safetensors")

@@ -15,11 +15,10 @@ from vlm_adapt.config.schema import Run
 from vlm_adapt.data.batching import BATCHING
 from vlm_adapt.data.lanes import LANES, Plan, Source
 from vlm_adapt.data.mix import mixed
-from vlm_adapt.data.reader import Reader
 from vlm_adapt.data.rows import Rows
 from vlm_adapt.data.stream import Shape, Stream
 from vlm_adapt.errors import UserError
-from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.assembled import AssembledModel
 
 SAMPLES_A_LANE = 256  # that packing wants: a lane with fewer than fill a row or two meets them again in it
 REMOTE_WINDOW = 4096  # samples of a lane shuffled at a time, where shards are not local files
@@ -29,13 +28,13 @@ REMOTE_WINDOW = 4096  # samples of a lane shuffled at a time, where shards are n
 class Feed:
     """The parts of a stage's stream."""
 
-    reader: Reader
+    reader: Any
     plan: Plan
     rows: Rows[Any]
     stream: Stream[Any]
 
 
-def build_feed(assembled: Assembled, run: Run, stage_run: Run, stage: int) -> Feed:
+def build_feed(assembled: AssembledModel, run: Run, stage_run: Run, stage: int) -> Feed:
     """The stream of a stage.
 
     Raises:
@@ -62,16 +61,19 @@ def build_feed(assembled: Assembled, run: Run, stage_run: Run, stage: int) -> Fe
     shape = Shape(
         train.per_device_train_batch_size, train.gradient_accumulation_steps, dist.rank(), dist.world_size()
     )
-    longest = assembled.encoder.max_length
+    longest, options = assembled.longest, assembled.collate_options
     length = data.row_length or longest
-    options = assembled.collate_options | {"multiple": 8 if torch.cuda.is_available() else 1}
+    if longest:
+        options = options | {"multiple": 8 if torch.cuda.is_available() else 1}
+    elif data.batching != "padded":
+        raise UserError(f"data.batching '{data.batching}' is for texts: models of masks take 'padded'")
     if data.batching == "packed":
         if length < longest:
             raise UserError(
                 f"data.row_length {length} is less than model.language.max_length {longest}: a sample of "
                 "that length would fit no row"
             )
-        if assembled.encoder.seq2seq:
+        if options.get("seq2seq"):
             raise UserError(
                 "data.batching 'packed' is for causal languages: an encoder-decoder takes 'bucketed', which "
                 "puts samples of like length together"
@@ -80,7 +82,7 @@ def build_feed(assembled: Assembled, run: Run, stage_run: Run, stage: int) -> Fe
     # Texts are measured in a thread beside training, which may tokenize for an evaluation.
     measure = (reader.twin() if data.workers else reader).measure
     rows = BATCHING.load(data.batching)(plan, measure, length, shape.global_batch)
-    return Feed(reader, plan, rows, Stream(reader, rows, shape, options, data.workers))
+    return Feed(reader, plan, rows, Stream(reader, rows, shape, options, data.workers, assembled.collate))
 
 
 def _lanes(packed: bool, samples: int) -> int:

@@ -21,10 +21,10 @@ from vlm_adapt.config.schema import Run
 from vlm_adapt.data.problems import Account
 from vlm_adapt.data.stream import Step
 from vlm_adapt.errors import UserError
+from vlm_adapt.evaluate.kinds import EVALUATIONS
 from vlm_adapt.evaluate.progress import Told
-from vlm_adapt.evaluate.run import evaluate
 from vlm_adapt.evaluate.scores import Scores
-from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.teacher import make_teacher
 from vlm_adapt.train import checkpoint
@@ -34,7 +34,7 @@ from vlm_adapt.train.engine import Engine, Gradient
 from vlm_adapt.train.feed import build_feed
 from vlm_adapt.train.journal import Journal
 from vlm_adapt.train.optim import rate_factor
-from vlm_adapt.train.prepare import cache_features, calibrate
+from vlm_adapt.train.prepare import cache_features
 from vlm_adapt.train.progress import Progress
 from vlm_adapt.train.signals import Signals
 from vlm_adapt.train.watch import watch
@@ -66,7 +66,7 @@ class StageLoop:
         run: Run,
         stage_name: str,
         stage_run: Run,
-        assembled: Assembled,
+        assembled: AssembledModel,
         totals: Totals,
         journal: Journal,
         signals: Signals,
@@ -83,13 +83,14 @@ class StageLoop:
         named = zip(reader.names, reader.selections, strict=True)
         self.selections = {name: kept for name, kept in named if kept is not None}
         self.total = train.max_steps or max(1, round(train.num_train_epochs * self.stream.steps_per_epoch))
-        assembled.model.objective = OBJECTIVES.check(train.objective)
-        teacher = assembled.model.teacher = make_teacher(assembled, stage_run)
-        if teacher is not None:
-            teacher.model.to(dist.device())
+        if assembled.objectives:
+            assembled.model.objective = OBJECTIVES.check(train.objective)
+            teacher = assembled.model.teacher = make_teacher(assembled, stage_run)  # type: ignore[arg-type]
+            if teacher is not None:
+                teacher.model.to(dist.device())
         if train.gradient_checkpointing:
             assembled.model.set_activation_checkpointing(True)
-        calibrate(assembled, reader, feed.plan)
+        assembled.prepare(reader, feed.plan, stage_run)
         self.begun = watch(assembled, feed) if resume is None else []
         assert assembled.plan is not None
         self.methods = [item.method for item in assembled.plan.attached if item.trains]
@@ -153,9 +154,9 @@ class StageLoop:
         started = time.perf_counter()
         # 1 count over all ranks and microbatches, once
         counts = [
-            float(sum(len(batch.targets_N) for batch in step.batches)),
+            float(sum(batch.learned for batch in step.batches)),
             float(sum(batch.tokens for batch in step.batches)),
-            float(sum(batch.ids_BT.numel() for batch in step.batches)),
+            float(sum(batch.places for batch in step.batches)),
             float(step.account.used),
             float(self.signals.asked),
         ]
@@ -270,7 +271,7 @@ class StageLoop:
             known = self.scored[1]
             if limit is None and known.metrics["samples"] == known.metrics["samples_available"]:
                 return known  # of these very weights, on every sample
-        scores = evaluate(
+        scores: Scores = EVALUATIONS.load(self.stage_run.model.kind)(
             self.assembled,
             self.stage_run.data,
             self.stage_run.evaluate,

@@ -43,7 +43,8 @@ def rate_factor(step: int, total: int, train: Train) -> float:
         total: optimizer steps of the stage.
 
     Returns:
-        Linear warm-up from 1/w to 1 over w steps, then cosine or linear to 0, or constant.
+        Linear warm-up from 1/w to 1 over w steps, then cosine, linear or polynomial (power 0.9, as DeepLab
+        and LSeg have it) to 0, or constant.
     """
     warmup = train.warmup_steps or math.ceil(train.warmup_ratio * total)
     if step < warmup:
@@ -53,4 +54,6 @@ def rate_factor(step: int, total: int, train: Train) -> float:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     if train.lr_scheduler_type == "linear":
         return max(0.0, 1 - done)
+    if train.lr_scheduler_type == "polynomial":
+        return max(0.0, 1 - done) ** 0.9
     return 1.0

@@ -22,7 +22,8 @@ from vlm_adapt.config.load import dump
 from vlm_adapt.config.schema import Adapt, Run, Source
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.files import write_scores
-from vlm_adapt.models.build import Assembled, build, compute_dtype
+from vlm_adapt.models.assembled import AssembledModel
+from vlm_adapt.models.build import build, compute_dtype
 from vlm_adapt.models.restore import LATEST, find_checkpoint, load_trained, plan_of, read_checkpoint
 from vlm_adapt.models.start import begin_from
 from vlm_adapt.train import checkpoint
@@ -124,7 +125,7 @@ def _stages(
     started, begun = time.monotonic(), False
     while totals.stage < len(stages):
         name, stage_run = stages[totals.stage]
-        assembled = build(run.model, compute_dtype(stage_run.train.bf16), run.seed)
+        assembled: AssembledModel = build(run.model, compute_dtype(stage_run.train.bf16), run.seed)
         lines = [*before, *(list(one.adapt) for _, one in stages[: totals.stage + 1])]
         plan = assembled.adapt(lines)
         if folder is not None:
@@ -236,7 +237,7 @@ def _clear(output: Path) -> None:
 def _announce(
     name: str,
     table: list[dict[str, Any]],
-    assembled: Assembled,
+    assembled: AssembledModel,
     loop: StageLoop,
     journal: Journal,
     output: Path,
@@ -255,7 +256,7 @@ def _announce(
             f"  {row['part']:<10} {row['method']:<14} "
             f"trainable {row['trainable']:>13,}  frozen {row['frozen']:>15,}"
         )
-    taught = assembled.model.teacher.notes if assembled.model.teacher else []
+    taught = assembled.model.teacher.notes if getattr(assembled.model, "teacher", None) else []
     for note in taught:
         say(f"  {note}")
     for told in loop.begun:

@@ -10,13 +10,13 @@ import torch
 
 from vlm_adapt import dist
 from vlm_adapt.data.stream import Shape, Stream
-from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.train.feed import Feed
 
 MOST = 64  # batches
 
 
-def watch(assembled: Assembled, feed: Feed) -> list[str]:
+def watch(assembled: AssembledModel, feed: Feed) -> list[str]:
     """Let those methods of the plan that want it see the first batches, unless they hold values already.
 
     Returns:
@@ -30,7 +30,8 @@ def watch(assembled: Assembled, feed: Feed) -> list[str]:
     device, model = dist.device(), assembled.model.to(dist.device())
     mine = feed.stream.shape
     shape = Shape(mine.per_device * mine.ranks, 1, 0, 1)
-    stream = Stream(feed.reader, feed.rows, shape, feed.stream.dataset.options)
+    data = feed.stream.dataset
+    stream = Stream(feed.reader, feed.rows, shape, data.options, collate=data.collate)
     model.eval()
     mixed = torch.autocast(device.type, assembled.dtype, enabled=assembled.dtype != torch.float32)
     for step in stream.steps(feed.rows.start(), MOST):

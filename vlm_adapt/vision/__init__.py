@@ -65,7 +65,7 @@ def library_of(model: str) -> tuple[str, str]:
 def build_tower(
     model: str,
     weights: str = "hub:",
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     local_weights: Path | None = None,
     options: Mapping[str, Any] | None = None,
@@ -83,7 +83,8 @@ def build_tower(
         local_weights: a file that stands for whatever `weights` names (a package already fetched).
         options: `final_norm` (bool): whether the last layer's features pass the encoder's final norm;
             default as in the library's own output. `fit_windows` (bool, TinyViT only): no padding in the
-            attention windows of small images. `native` (mapping): images keep their own aspect ratio and
+            attention windows of small images. `last_stride` (1 or 2, TinyViT only): of the last
+            downsampling, 1 as MobileSAM has it. `native` (mapping): images keep their own aspect ratio and
             resolution, packed (docs/native_resolution.md). `navit:` has options of its own.
     Raises:
         UserError: unknown names, weights that cannot be had or do not fit, a size of no whole patches.

@@ -170,7 +170,7 @@ class NaViT(NativeTower):
 def build(
     name: str,
     source: Source,
-    image_size: int | None,
+    image_size: int | tuple[int, int] | None,
     native: Any = True,
     patch: int = 16,
     width: int | None = None,

@@ -152,7 +152,9 @@ class NativeHFTower(NativeTower):
         return [f"model.{self.family.norm}"] if self.final_norm else []
 
 
-def make_native(tower: Tower, settings: Any, name: str, image_size: int | None) -> NativeTower:
+def make_native(
+    tower: Tower, settings: Any, name: str, image_size: int | tuple[int, int] | None
+) -> NativeTower:
     """A tower for images of one size as one for images of native sizes.
 
     Raises:

@@ -75,7 +75,9 @@ class OpenClipTower(Tower):
         self.visual.set_grad_checkpointing(enabled)
 
 
-def build(name: str, source: Source, image_size: int | None, final_norm: bool | None = None) -> Tower:
+def build(
+    name: str, source: Source, image_size: int | tuple[int, int] | None, final_norm: bool | None = None
+) -> Tower:
     """A tower by open_clip's model name, `hf-hub:ORG/NAME` or `local-dir:FOLDER`."""
     local = name.startswith(("hf-hub:", "local-dir:"))
     if not local and name not in open_clip.list_models():
@@ -87,7 +89,8 @@ def build(name: str, source: Source, image_size: int | None, final_norm: bool | 
         _check_folder(Path(name.partition(":")[2]))
     own_size = _own_size(name)
     if image_size is not None and own_size is not None:
-        check_image_size((image_size, image_size), own_size[1], name)
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        check_image_size(size, own_size[1], name)
     # A trunk of timm's is loaded at its own size and resized after; open_clip's ViT the other way round.
     resize_later = image_size is not None and source.kind == "file" and _has_timm_trunk(name)
     try:

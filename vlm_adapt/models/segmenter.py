@@ -1,0 +1,155 @@
+"""The segmenter: 1 tower, 2 dense head, 3 text encoder, 4 cosines, 5 regularisation, 6 cross-entropy.
+
+LSeg (Li et al. 2022, arXiv 2201.03546): every pixel has an embedding and so has every label; the label of a
+pixel is the one at the smallest angle. Knows the order of the road; knows nothing about files, adaptation
+methods, windows or engines.
+
+    N images of H x W pixels, h x w places of the head's map, E channels of an embedding, L labels
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vlm_adapt.data.mask_batch import MaskBatch
+from vlm_adapt.heads import DenseHead
+from vlm_adapt.heads.dense_loss import dense_argmax, dense_cross_entropy, dense_logits
+from vlm_adapt.heads.regularisation import Regularisation
+from vlm_adapt.image_spec import ImageSpec
+from vlm_adapt.text.labels import LabelEmbeddings
+from vlm_adapt.vision.tower import Tower
+
+
+class Temperature(nn.Module):
+    """What cosines are multiplied by: fixed as in LSeg's code, or learned as its logarithm.
+
+    The original's `nn.Parameter(...).exp()` is a plain tensor that no optimizer sees: fixed in effect, at
+    1 / 0.07. It is a module that is called, so that ZeRO-3 gathers it.
+    """
+
+    def __init__(self, value: float | str):
+        super().__init__()
+        self.fixed = None if value == "learned" else float(value)
+        if self.fixed is None:
+            self.logarithm = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))
+
+    def forward(self, like: Tensor) -> Tensor:
+        """The factor, float32 scalar on the device of `like`."""
+        if self.fixed is None:
+            return self.logarithm.float().exp().squeeze(0)
+        return torch.tensor(self.fixed, device=like.device)
+
+
+class SegmenterHead(nn.Module):
+    """What an adaptation plan calls the connector: dense head, regularisation, and a learned temperature."""
+
+    def __init__(self, head: DenseHead, regularisation: Regularisation | None, temperature: Temperature):
+        super().__init__()
+        self.head, self.regularisation, self.temperature = head, regularisation, temperature
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """A tower's features to embeddings_NEhw of length 1, float32."""
+        return functional.normalize(self.head(features).float(), dim=1)
+
+    def unused_modules(self) -> list[str]:
+        """Dotted names of modules whose parameters get no gradient."""
+        return [f"head.{name}" for name in self.head.unused_modules()]
+
+
+class Segmenter(nn.Module):
+    """A tower and a text encoder joined by a dense head.
+
+    Args:
+        tower, head: the parts.
+        labels: vectors of labels. Their encoder is no part of this module unless it trains (`train_text`):
+            frozen, it runs once a label, and no engine needs to shard or gather it.
+        layers: the four depths of the tower, shallow ones first.
+    """
+
+    def __init__(self, tower: Tower, head: SegmenterHead, labels: LabelEmbeddings, layers: Sequence[int]):
+        super().__init__()
+        self.vision, self.connector, self.layers = tower, head, tuple(layers)
+        self._labels = [labels]  # in a list, so that it is not registered
+        self.penalties: list[Callable[[], Tensor | None]] = []
+
+    @property
+    def labels(self) -> LabelEmbeddings:
+        """Vectors of labels."""
+        return self._labels[0]
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        """What the tower wants images to look like."""
+        return self.vision.image_spec
+
+    @property
+    def halo(self) -> int:
+        """How many rows beside a row its logits look at, at the head's resolution."""
+        regularisation = self.connector.regularisation
+        return 0 if regularisation is None else regularisation.depth
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that an adaptation plan speaks of."""
+        return {"vision": self.vision, "connector": self.connector, "language": self.labels.encoder}
+
+    def train_text(self) -> None:
+        """Make the text encoder a part of this module: a method of the plan adapts it."""
+        self.language = self.labels.encoder
+
+    def embed(self, pixels_NCHW: Tensor) -> Tensor:
+        """uint8 images [N, C, H, W] of the tower's size to embeddings_NEhw of length 1, float32."""
+        wants = self.connector.head.wants_class_token
+        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers, class_token=wants)
+        embeddings_NEhw: Tensor = self.connector(features)
+        return embeddings_NEhw
+
+    def label_logits(self, embeddings_NEhw: Tensor, names: Sequence[str], size: tuple[int, int]) -> Tensor:
+        """logits_NLHW at `size` (height, width); memory for all of them."""
+        labels_LE = self.labels(names).to(embeddings_NEhw)
+        temperature = self.connector.temperature(embeddings_NEhw)
+        return dense_logits(embeddings_NEhw, labels_LE, temperature, size, self.connector.regularisation)
+
+    def classes(
+        self, embeddings_NEhw: Tensor, names: Sequence[str], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """(classes_NHW, scores_NHW) at `size`, in bounded memory for any number of labels."""
+        labels_LE = self.labels(names).to(embeddings_NEhw)
+        temperature = self.connector.temperature(embeddings_NEhw)
+        return dense_argmax(embeddings_NEhw, labels_LE, temperature, size, self.connector.regularisation)
+
+    def forward(self, batch: MaskBatch) -> tuple[Tensor, Tensor]:
+        """Sum of the valid pixels' cross-entropies (float32 scalar), and each one's own [V], detached."""
+        embeddings_NEhw = self.embed(batch.pixels_NCHW)
+        labels_LE, places = self._labels_of(batch, embeddings_NEhw)
+        temperature = self.connector.temperature(embeddings_NEhw)
+        block, losses = self.connector.regularisation, []
+        for image_Ehw, mask_HW, own_L in zip(embeddings_NEhw, batch.masks_NHW, places, strict=True):
+            losses.append(dense_cross_entropy(image_Ehw, labels_LE[own_L], mask_HW, temperature, block))
+        losses_V = torch.cat(losses)
+        # Where no pixel is valid there is still a way back through every part: ZeRO waits for it.
+        total = losses_V.sum() + (embeddings_NEhw.sum() + labels_LE.sum() + temperature) * 0.0
+        for penalty in self.penalties:
+            value = penalty()
+            total = total if value is None else total + value * len(losses_V)
+        return total, losses_V.detach()
+
+    def _labels_of(self, batch: MaskBatch, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Vectors of all labels of a batch, each once, and every image's places among them."""
+        names = list(dict.fromkeys(name for labels in batch.labels for name in labels))
+        place = {name: number for number, name in enumerate(names)}
+        vectors_LE = self.labels(names).to(like)
+        own = [torch.tensor([place[name] for name in labels], device=like.device) for labels in batch.labels]
+        return vectors_LE, own
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass, in the tower and in a text encoder that trains."""
+        part: Any = self.vision
+        (part.ladder or part).set_activation_checkpointing(enabled)
+        if self.labels.trains:
+            self.labels.encoder.set_activation_checkpointing(enabled)
