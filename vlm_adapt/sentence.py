@@ -14,8 +14,9 @@ after the prefix: each branch reads exactly as if it stood alone, and the image 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from vlm_adapt.errors import UserError
 
@@ -24,13 +25,17 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text. Learned text is in the loss; text that is not causal is seen both ways."""
+    """A run of text. Learned text is in the loss; text that is not causal is seen both ways.
+
+    `masks` say what the mask tokens in it mean, in their order (see data/token_masks.py).
+    """
 
     text: str
     learned: bool = False
     causal: bool = True
     turn: int = 0
     branch: int = 0
+    masks: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,15 @@ class Sentence:
     def first_turns(self, count: int) -> Sentence:
         """The sentence cut after its first `count` turns."""
         return Sentence(tuple(s for s in self.segments if s.turn < count))
+
+    def with_masks(self, answers: Iterator[Sequence[Mapping[str, Any]]]) -> Sentence:
+        """The sentence with what each answer's mask tokens mean; takes one entry for each learned text."""
+        return Sentence(
+            tuple(
+                replace(s, masks=tuple(next(answers))) if isinstance(s, Text) and s.learned else s
+                for s in self.segments
+            )
+        )
 
     def prompt(self) -> Sentence:
         """Everything before the first learned segment: what a model is shown when it is asked."""

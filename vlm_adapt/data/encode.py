@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlm_adapt.data.problems import BadSample
+from vlm_adapt.data.token_masks import RowMasks
 from vlm_adapt.sentence import Image, Sentence, State, Text, check_images
 
 FILLER_ID = 0  # stands in `ids` where an image or state token will be spliced
@@ -39,6 +40,7 @@ class Encoded:
         decoder_ids: [U] what the decoder reads; None for causal languages.
         cut: turns and branches left out because the row would be too long.
         prompt_tokens: so many places at the start are for learned vectors.
+        masks: of the mask tokens that are learned.
     """
 
     key: str
@@ -57,6 +59,7 @@ class Encoded:
     image_lengths: list[int] = field(default_factory=list)
     pixels: list[Any] = field(default_factory=list)
     prompt_tokens: int = 0
+    masks: RowMasks = field(default_factory=RowMasks)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -94,6 +97,7 @@ class Encoder:
         state_size: length of state vectors; 0 for none.
         prompt_tokens: places for learned vectors before everything else, the beginning-of-text token
             included: so peft has them. Every branch sees them; nothing is learned from them.
+        mask_token: the id of the token that asks for a mask; None for a model without.
     """
 
     def __init__(
@@ -105,8 +109,9 @@ class Encoder:
         start_id: int = 0,
         state_size: int = 0,
         prompt_tokens: int = 0,
+        mask_token: int | None = None,
     ):
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.mask_token = prompt_tokens, mask_token
         self.tokenizer, self.tokens_per_image, self.max_length = tokenizer, tokens_per_image, max_length
         self.seq2seq, self.start_id, self.state_size = seq2seq, start_id, state_size
         begin = tokenizer.bos_token_id
@@ -124,6 +129,7 @@ class Encoder:
             self.start_id,
             self.state_size,
             self.prompt_tokens,
+            self.mask_token,
         )
 
     def _tokenize(self, text: str) -> tuple[int, ...]:
@@ -145,7 +151,7 @@ class Encoder:
         """
         lengths = [self.tokens_per_image] * images if isinstance(images, int) else list(images)
         check_images(sentence, len(lengths), key)
-        row, cut = self._write(sentence, lengths), 0
+        row, cut = self._write(sentence, lengths, learn), 0
         while row.length() > self.max_length:
             shorter = self._shorter(sentence)
             if shorter is None:
@@ -153,7 +159,7 @@ class Encoder:
                     "one turn alone is too long", f"{row.length()} tokens, max_length {self.max_length}"
                 )
             sentence, cut = shorter, cut + 1
-            row = self._write(sentence, lengths)
+            row = self._write(sentence, lengths, learn)
         if learn and not row.targets:
             raise BadSample("nothing in it is learned: it has no answer")
         return row.finish(key, cut, self.state_size)
@@ -166,7 +172,7 @@ class Encoder:
             return Sentence(tuple(s for s in sentence if s.branch < last_branch))
         return sentence.first_turns(sentence.turns - 1) if sentence.turns > 1 else None
 
-    def _write(self, sentence: Sentence, lengths: Sequence[int]) -> _Row:
+    def _write(self, sentence: Sentence, lengths: Sequence[int], learn: bool) -> _Row:
         row = _Row()
         segments: Sequence[Any] = sentence.segments
         prompt = len(segments)
@@ -178,7 +184,10 @@ class Encoder:
             row.add([self.begin_id], 0, first_causal, learned=False)
         for segment in segments[:prompt]:
             if isinstance(segment, Text):
-                row.add(self._tokens(segment.text), segment.branch, segment.causal, segment.learned)
+                tokens = self._tokens(segment.text)
+                if segment.learned:
+                    row.masks.note(tokens, len(row.ids), self.mask_token, segment.masks, learn)
+                row.add(tokens, segment.branch, segment.causal, segment.learned)
             elif isinstance(segment, Image):
                 row.image_starts.append(len(row.ids))
                 row.image_order.append(segment.index)
@@ -230,6 +239,7 @@ class _Row:
         self.block = 0
         self.last_of: dict[int, int] = {}  # last token of every branch, which predicts the next
         self.prompt_tokens = 0
+        self.masks = RowMasks()
 
     def open(self, prompt_tokens: int, causal: bool) -> None:
         """Begin with places for learned vectors, which predict nothing: as much is learned without them."""
@@ -272,6 +282,7 @@ class _Row:
             decoder_ids=None if self.decoder_ids is None else np.array(self.decoder_ids, whole),
             cut=cut,
             prompt_tokens=self.prompt_tokens,
+            masks=self.masks,
         )
 
 

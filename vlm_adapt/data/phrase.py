@@ -31,12 +31,14 @@ class Question:
     Attributes:
         answers: every reference; training learns the commonest (the first of equals).
         kind: a label by which scores are broken down.
+        masks: what the answer's mask tokens mean (see data/token_masks.py).
     """
 
     text: str
     answers: tuple[str, ...]
     kind: str | None = None
     id: str | None = None
+    masks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def answer(self) -> str:
@@ -94,7 +96,7 @@ class Phrasing:
         told, count = self._told(record, images, generator)
         state = told.record.get("state") or ()
         if "messages" in told.record:
-            return [self.template.conversation(self._with_system(told.record["messages"]), state)]
+            return [self._conversation(told.record["messages"], state)]
         questions = questions_of(told.record, told.prompt or self.prompt)
         captions = captions_in(told.record)
         if captions:
@@ -103,7 +105,8 @@ class Phrasing:
         drawn = _draw(questions, self.questions_per_image, self.questions_per_kind, generator)
         if not drawn:
             raise BadSample("no question of the kinds asked for")
-        return self._sentences([(question.text, question.answer) for question in drawn], count, state)
+        sentences = self._sentences([(question.text, question.answer) for question in drawn], count, state)
+        return _with_masks(sentences, [question.masks for question in drawn])
 
     def references(self, record: dict[str, Any], images: Images) -> list[Sentence]:
         """Sentences that hold every reference of a sample, for its held-out loss.
@@ -113,10 +116,13 @@ class Phrasing:
         told, count = self._told(record, images)
         state = told.record.get("state") or ()
         if "messages" in told.record:
-            return [self.template.conversation(self._with_system(told.record["messages"]), state)]
+            return [self._conversation(told.record["messages"], state)]
         questions = questions_of(told.record, told.prompt or self.prompt)
         pairs = [(questions[0].text, caption) for caption in captions_in(told.record)]
-        return self._sentences(pairs or [(q.text, q.answer) for q in questions], count, state)
+        if pairs:
+            return self._sentences(pairs, count, state)
+        sentences = self._sentences([(q.text, q.answer) for q in questions], count, state)
+        return _with_masks(sentences, [question.masks for question in questions])
 
     def evaluation(self, record: dict[str, Any], images: Images) -> list[Asked]:
         """Every question of a sample as prompts; a conversation is asked its last question."""
@@ -126,7 +132,8 @@ class Phrasing:
             *before, last = self._with_system(told.record["messages"])
             prompt = self.template.conversation(before, state)
             asked = before[-1]["content"] if before else ""
-            question = Question(asked, (last["content"],), record.get("kind"), _text(record.get("id")))
+            kind, identity, masks = record.get("kind"), _text(record.get("id")), _masks(last)
+            question = Question(asked, (last["content"],), kind, identity, masks)
             return [Asked(prompt, (question,))]
         questions = questions_of(told.record, told.prompt or self.prompt)
         size = QUESTIONS_A_ROW if self.branches else 1
@@ -148,6 +155,11 @@ class Phrasing:
         else:
             told = self.task.training(record, generator, sizes)
         return told, len(self.images(record, count))
+
+    def _conversation(self, messages: list[dict[str, Any]], state: Sequence[float]) -> Sentence:
+        sentence = self.template.conversation(self._with_system(messages), state)
+        masks = [_masks(message) for message in messages if message.get("role") == "assistant"]
+        return _with_masks([sentence], masks)[0]
 
     def _sentences(
         self, pairs: Sequence[tuple[str, str | None]], images: int, state: Sequence[float]
@@ -187,16 +199,31 @@ def questions_of(record: dict[str, Any], prompt: str) -> list[Question]:
         return [Question(prompt, tuple(captions), kind, identity)]
     if "questions" in record:
         return [
-            Question(q["question"], _answers(q), q.get("kind", kind), _text(q.get("id")))
+            Question(q["question"], _answers(q), q.get("kind", kind), _text(q.get("id")), _masks(q))
             for q in record["questions"]
         ]
     if "question" not in record:
         raise BadSample("nothing is asked of it: give the source a task", f"it has {', '.join(record)}")
-    return [Question(record["question"], _answers(record), kind, identity)]
+    return [Question(record["question"], _answers(record), kind, identity, _masks(record))]
 
 
 def _text(value: Any) -> str | None:
     return None if value is None else str(value)
+
+
+def _masks(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """What the mask tokens of an answer mean."""
+    return tuple(record.get("masks") or ())
+
+
+def _with_masks(
+    sentences: Sequence[Sentence], answers: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[Sentence]:
+    """The sentences with the masks of their answers, in order."""
+    if not any(answers):
+        return list(sentences)
+    each = iter(answers)
+    return [sentence.with_masks(each) for sentence in sentences]
 
 
 def _answers(record: dict[str, Any]) -> tuple[str, ...]:

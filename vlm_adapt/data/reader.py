@@ -14,6 +14,7 @@ import numpy as np
 
 from vlm_adapt.config.schema import Data, Source
 from vlm_adapt.data.encode import Encoded, Encoder
+from vlm_adapt.data.images import load_image
 from vlm_adapt.data.patches import image_tokens, load_images
 from vlm_adapt.data.phrase import Asked, Images, Phrasing
 from vlm_adapt.data.problems import Account, BadSample
@@ -21,6 +22,7 @@ from vlm_adapt.data.sample import Sample
 from vlm_adapt.data.samples import Samples, clear, generator_of
 from vlm_adapt.data.sizes import seen_size
 from vlm_adapt.data.tasks.task import make_task
+from vlm_adapt.data.token_masks import MaskSpec, mask_of, target_of
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.sentence import Sentence
 from vlm_adapt.template import Template
@@ -44,6 +46,7 @@ class Reader(Samples):
         image_spec: how images are resized.
         seed: of the draws among captions and questions.
         data: limits of images, and where remote shards are kept.
+        masks: what the model wants of masks, if it has a token for them.
     """
 
     def __init__(
@@ -55,9 +58,10 @@ class Reader(Samples):
         image_spec: ImageSpec,
         seed: int = 0,
         data: Data | None = None,
+        masks: MaskSpec | None = None,
     ):
         super().__init__(sources, seed, data)
-        self.encoder, self.image_spec = encoder, image_spec
+        self.encoder, self.image_spec, self.masks = encoder, image_spec, masks
         branches = template.prompt_is_causal and not encoder.seq2seq
         self.phrasings = [
             Phrasing(
@@ -111,6 +115,7 @@ class Reader(Samples):
             rows = self._encoded(sample, sentences, draws)
             wanted = [row for place, row in enumerate(rows) if texts is None or place in texts]
             pixels = self.pixels(sample, draws)
+            self._mask(sample, wanted)
         except BadSample as error:
             if counts:
                 account.refuse(self.key(number), error, name)
@@ -173,6 +178,8 @@ class Reader(Samples):
             if row.cut:
                 raise BadSample("the questions on one image are too long for max_length")
             row.pixels = pixels
+            if self.masks is not None and self.masks.own:
+                row.masks.scenes = self._scenes(sample)
             prompts.append(Prompt(row, asked, sample.key))
         return prompts
 
@@ -182,7 +189,26 @@ class Reader(Samples):
         pixels = self.pixels(sample)
         for row in rows:
             row.pixels = pixels
+        self._mask(sample, rows)
         return rows
+
+    def _mask(self, sample: Sample, rows: Sequence[Encoded]) -> None:
+        """Attach what the rows' mask tokens mean, and the images for the masks' own tower."""
+        if self.masks is None or not any(row.masks.references for row in rows):
+            return
+        if len(sample.images) != 1:
+            raise BadSample("masks are learned on samples with one image", f"it has {len(sample.images)}")
+        scenes = self._scenes(sample) if self.masks.own else []
+        for row in rows:
+            row.masks.scenes = scenes
+            row.masks.targets = [
+                target_of(mask_of(sample, reference), self.masks) for reference in row.masks.references
+            ]
+
+    def _scenes(self, sample: Sample) -> list[np.ndarray]:
+        """The sample's images as the masks' own tower wants them."""
+        assert self.masks is not None
+        return [load_image(image, self.masks.image_spec, self.max_pixels) for image in sample.images]
 
     def image_tokens(self, sample: Sample, draws: np.random.Generator | None = None) -> list[int]:
         """How many tokens each image of a sample takes.
