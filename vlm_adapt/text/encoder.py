@@ -91,6 +91,18 @@ class TextEncoder(nn.Module):
             "choose another method (lora, houlsby)"
         )
 
+    @property
+    def config(self) -> Any:
+        """The configuration of a transformers model.
+
+        Raises:
+            UserError: it is none; prefix_tuning asks.
+        """
+        raise UserError(
+            "adapt: prefix_tuning knows the attention of transformers' language models and not of "
+            f"'{self.name}': choose another method (lora, ia3, bitfit)"
+        )
+
     def embed(self, ids_NT: Tensor) -> Tensor:
         """ids [N, T] -> embeddings [N, T, width of the first block]."""
         return self.model.get_input_embeddings()(ids_NT)
