@@ -26,7 +26,6 @@ from vlm_adapt.image_spec import ImageSpec
 DRAWS = 8  # crops that are tried for one that shows a labelled pixel
 SAMPLES_LOOKED_AT = 16  # of a source, for the labels that its settings name
 SETS_KEPT = 256
-ALL_IGNORED = "all pixels of the mask are ignored"  # as check_values says of the file itself
 
 
 @dataclass
@@ -93,7 +92,7 @@ class MaskReader(Samples):
         super().__init__(sources, seed, data)
         self.image_spec, self.augment = image_spec, augment
         self.tasks = [make_masks(source.task) for source in sources]
-        self._sets: dict[tuple[int, tuple[str, ...]], tuple[LabelSet, dict[int, np.ndarray]]] = {}
+        self._sets: dict[tuple[int, tuple[str, ...]], LabelSet] = {}
         for source, task in enumerate(self.tasks):
             if task.wanted:
                 self._check_names(source, task)
@@ -119,7 +118,7 @@ class MaskReader(Samples):
         first, last = self.starts[source], self.starts[source + 1]
         for number in range(first, min(last, first + SAMPLES_LOOKED_AT)):
             try:
-                return self._labelled(source, self.raw(number))[0].labels
+                return self._labelled(source, self.raw(number)).labels
             except BadSample:
                 continue  # as above
         return ()
@@ -163,9 +162,8 @@ class MaskReader(Samples):
         """
         sample, draws = self.raw(number), generator_of(self.seed, epoch, position, 2)
         source = self.locate(number)[0]
-        found, lookups, values_HW = self._values(source, sample)
-        lookup_V = lookups[values_HW.itemsize]
-        cut, mask_HW, learned = self._cut(sample.images[0], values_HW, lookup_V, draws)
+        found, codes_HW = self._codes(source, sample)
+        cut, mask_HW, learned = self._cut(sample.images[0], codes_HW, found.kind, draws)
         pixels_HWC = decode_reduced(sample.images[0], cut.factor, self.max_pixels)
         picture_HWC = cut_pixels(pixels_HWC, cut, self.image_spec)
         if self.augment is not None and self.augment.jitter:
@@ -176,16 +174,18 @@ class MaskReader(Samples):
         return MaskRow(sample.key, picture_HWC.transpose(2, 0, 1), mask_HW, labels, learned)
 
     def _cut(
-        self, image: bytes, values_HW: np.ndarray, lookup_V: np.ndarray, draws: np.random.Generator
+        self,
+        image: bytes,
+        codes_HW: np.ndarray,
+        kind: type[np.signedinteger],
+        draws: np.random.Generator,
     ) -> tuple[Cut, np.ndarray, int]:
         """A cut in which a pixel is labelled, its mask, and how many are."""
-        for cut in self._cuts(image, values_HW.shape, draws):
-            mask_HW = cut_mask(values_HW, cut, lookup_V)
+        for cut in self._cuts(image, codes_HW.shape, draws):
+            mask_HW = cut_mask(codes_HW, cut, kind)
             learned = int(np.count_nonzero(mask_HW >= 0))
             if learned:
                 return cut, mask_HW, learned
-        if not (lookup_V[values_HW] >= 0).any():
-            raise BadSample(ALL_IGNORED, "none of its labels is in the set that its source's task leaves")
         raise BadSample("no labelled pixel of the mask is left at the size of training")
 
     def _cuts(self, image: bytes, image_size: tuple[int, ...], draws: np.random.Generator) -> Iterator[Cut]:
@@ -206,35 +206,36 @@ class MaskReader(Samples):
             BadSample: as `row`.
         """
         sample = self.raw(number)
-        found, lookups, values_HW = self._values(self.locate(number)[0], sample)
-        mask_HW = lookups[values_HW.itemsize][values_HW]
-        if not (mask_HW >= 0).any():
-            raise BadSample(ALL_IGNORED, "none of its labels is in the set that its source's task leaves")
+        found, codes_HW = self._codes(self.locate(number)[0], sample)
+        mask_HW = codes_HW.astype(found.kind) - found.kind(1)
         return WholeMask(sample.key, decode(sample.images[0], self.max_pixels), mask_HW, found.labels)
 
-    def _values(self, source: int, sample: Sample) -> tuple[LabelSet, dict[int, np.ndarray], np.ndarray]:
-        """A sample's label set, its lookups by bytes of a value, and its checked mask."""
+    def _codes(self, source: int, sample: Sample) -> tuple[LabelSet, np.ndarray]:
+        """A sample's label set, and its checked mask in classes plus one (0 is ignored)."""
         if len(sample.images) != 1:
             raise BadSample("a mask needs exactly one image", f"the sample has {len(sample.images)}")
         if sample.mask is None:
             has = f", it has {len(sample.masks)} masks of objects" if sample.masks else ""
             raise BadSample("no semantic mask", f"KEY.mask.png is missing{has}")
-        found, lookups = self._labelled(source, sample)
-        values_HW = read_mask(sample.mask)
-        check_values(values_HW, sample.record["labels"])
-        return found, lookups, values_HW
+        found, values_HW = self._labelled(source, sample), read_mask(sample.mask)
+        codes_HW = found.codes(values_HW)
+        if codes_HW is None or not codes_HW.any():
+            check_values(values_HW, [name.strip() for name in sample.record["labels"]])  # says which value
+            raise BadSample(
+                "all pixels of the mask are ignored",
+                "none of its labels is in the set that its source's task leaves",
+            )
+        return found, codes_HW
 
-    def _labelled(self, source: int, sample: Sample) -> tuple[LabelSet, dict[int, np.ndarray]]:
+    def _labelled(self, source: int, sample: Sample) -> LabelSet:
         names = tuple(sample.record.get("labels", ()))
         if not names:
             raise BadSample("mask without labels", f"the record has {', '.join(sample.record)}")
         known = self._sets.get((source, names))
         if known is None:
-            found = self.tasks[source].label_set(names)
-            known = found, {1: found.lookup(8), 2: found.lookup(16)}
             if len(self._sets) >= SETS_KEPT:
                 self._sets.clear()
-            self._sets[source, names] = known
+            known = self._sets[source, names] = self.tasks[source].label_set(names)
         return known
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +21,8 @@ from vlm_adapt.data.tasks import MASK_TASKS, TASKS
 from vlm_adapt.data.tasks.task import SETTINGS, from_settings
 from vlm_adapt.errors import UserError
 
+_NO_LABEL = 255
+
 
 @dataclasses.dataclass(frozen=True)
 class LabelSet:
@@ -27,20 +30,46 @@ class LabelSet:
 
     Attributes:
         labels: the classes by number, each once.
-        classes: the class of each value; -1 is ignored.
+        classes: the class of each value; -1 is ignored, None has no label and must not occur.
     """
 
     labels: tuple[str, ...]
-    classes: tuple[int, ...]
+    classes: tuple[int | None, ...]
 
-    def lookup(self, bits: int) -> np.ndarray:
-        """lookup_V of a mask of 8 or 16 bits: int16, or int32 where there are more classes than it holds."""
-        kind = np.int16 if len(self.labels) <= np.iinfo(np.int16).max else np.int32
-        lookup_V = np.full(2**bits, -1, kind)
+    @property
+    def kind(self) -> type[np.signedinteger]:
+        """The type of masks of classes, -1 included."""
+        return np.int16 if len(self.labels) <= np.iinfo(np.int16).max else np.int32
+
+    def codes(self, values_HW: np.ndarray) -> np.ndarray | None:
+        """Classes plus one; 0 is ignored. None: a value has no label.
+
+        Args:
+            values_HW: uint8 or uint16, as `read_mask` returns it; the last value of the type is ignored.
+
+        Returns:
+            codes_HW, uint8 where they fit, else int32.
+        """
         # The last value of that depth is the ignored one, whatever labels there are.
-        count = min(len(self.classes), 2**bits - 1)
-        lookup_V[:count] = self.classes[:count]
-        return lookup_V
+        if values_HW.itemsize == 1 and self._table is not None:
+            mapped = values_HW.tobytes().translate(self._table)
+            if _NO_LABEL in mapped:
+                return None
+            return np.frombuffer(mapped, np.uint8).reshape(values_HW.shape)
+        lookup_V = np.full(2 ** (8 * values_HW.itemsize), -1, np.int32)
+        count = min(len(self.classes), len(lookup_V) - 1)
+        lookup_V[:count] = [-1 if one is None else one + 1 for one in self.classes[:count]]
+        lookup_V[-1] = 0
+        codes_HW = lookup_V[values_HW]
+        return None if codes_HW.min() < 0 else codes_HW
+
+    @cached_property
+    def _table(self) -> bytes | None:
+        """For `bytes.translate`, a tenth of the cost of numpy's indexing; None where codes need more bits."""
+        if len(self.labels) >= _NO_LABEL:
+            return None
+        codes = [_NO_LABEL if one is None else one + 1 for one in self.classes[:255]]
+        return bytes([*codes, *[_NO_LABEL] * (255 - len(codes)), 0])
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -91,20 +120,21 @@ class Masks:
 
     def label_set(self, names: Sequence[str]) -> LabelSet:
         """What becomes of masks with these names by value; "" is a value without a label."""
+        own = [name.strip() for name in names]
         found: dict[str, int] = {}
-        classes: list[int | None] = []  # None is outside the set
-        for name in map(str.strip, names):
+        classes: list[int | None] = []
+        for name in own:
             new = self.renamed(name)
             if not name:
-                classes.append(-1)
-            elif self._outside(name, new):
                 classes.append(None)
+            elif self._outside(name, new):
+                classes.append(-1)
             else:
                 classes.append(found.setdefault(new, len(found)))
-        rest = -1
-        if self.background is not None and None in classes:
+        if self.background is not None and -1 in classes:
             rest = found.setdefault(self.background, len(found))
-        return LabelSet(tuple(found), tuple(rest if one is None else one for one in classes))
+            classes = [rest if one == -1 else one for one in classes]
+        return LabelSet(tuple(found), tuple(classes))
 
     def _outside(self, name: str, new: str) -> bool:
         spoken = {name, new, shown(new)}
