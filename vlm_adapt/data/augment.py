@@ -192,7 +192,7 @@ def jitter_colours(pixels_HWC: np.ndarray, cut: Cut, strength: float, generator:
     """Vary brightness, contrast and saturation of the image in a picture, in place.
 
     Each is multiplied by a factor drawn from 1 - strength to 1 + strength: brightness all values, contrast
-    their distance to the mean grey (of every fourth row and column), saturation their distance to the pixel's own grey.
+    their distance to the mean grey (of every fourth row and column), saturation to the pixel's own grey.
     """
     brightness, contrast, saturation = generator.uniform(1 - strength, 1 + strength, 3)
     inner_HWC = _inner(pixels_HWC, cut)
