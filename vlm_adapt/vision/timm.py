@@ -19,6 +19,7 @@ from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
+from vlm_adapt.vision.strides import set_last_stride
 from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms
 from vlm_adapt.vision.windows import fit_windows as fit_windows_of
 
@@ -193,11 +194,17 @@ def _find_blocks(trunk: Any, features: list[str]) -> tuple[list[str], list[int],
 
 
 def build(
-    name: str, source: Source, image_size: int | None, final_norm: bool = True, fit_windows: bool = False
+    name: str,
+    source: Source,
+    image_size: int | tuple[int, int] | None,
+    final_norm: bool = True,
+    fit_windows: bool = False,
+    last_stride: int = 2,
 ) -> TimmTower:
     """A timm tower by model name (`vit_base_patch16_224.augreg_in1k`) or `local-dir:FOLDER`.
 
     `fit_windows`: shrink TinyViT's attention windows to small images (see vision/windows.py).
+    `last_stride`: 1 gives TinyViT's last map at the size of the one before (see vision/strides.py).
     """
     folder = name.startswith("local-dir:")
     if not folder and "/" not in name and not timm.is_model(name):
@@ -215,6 +222,7 @@ def build(
         raise unreachable(f"timm:{name}", error) from error
     if not hasattr(trunk, "forward_intermediates"):
         raise UserError(f"timm's '{name}' gives no intermediate features: choose another model")
+    set_last_stride(trunk, last_stride, name)
     config = dict(trunk.pretrained_cfg)
     notes: list[str] = []
     if source.kind == "file":
@@ -246,7 +254,9 @@ def build(
     return tower
 
 
-def resize_trunk(trunk: Any, spec: ImageSpec, image_size: int | None, name: str) -> ImageSpec:
+def resize_trunk(
+    trunk: Any, spec: ImageSpec, image_size: int | tuple[int, int] | None, name: str
+) -> ImageSpec:
     """Make `trunk` take images of `image_size` (positions interpolated); return the spec that fits."""
     resized = spec.with_size(image_size)
     if resized.size == spec.size:
