@@ -149,7 +149,8 @@ def make_line(line: Adapt) -> Method:
         UserError: it is unknown, refuses its settings, or is not for this side.
     """
     method = make_method(METHODS, line.method, line.options)
-    if line.where not in method.sides:
+    side = "connector" if line.where == "masks" else line.where  # one as the other: small, trained anew
+    if side not in method.sides:
         raise UserError(
             f"adapt: method '{line.method}' is for {' and '.join(method.sides)}, not for '{line.where}'"
         )

@@ -42,7 +42,7 @@ class TokenRow(nn.Module):
 
     def score(self, hidden_D: Tensor, logits_V: Tensor) -> Tensor:
         """The head's logits `[..., V]` with this token's own in its place, behind the others if need be."""
-        own_1 = self.head(hidden_D).to(logits_V.dtype)
+        own_1 = self.head(hidden_D.to(self.head.weight.dtype)).to(logits_V.dtype)
         words = logits_V.shape[-1]
         pieces = [logits_V[..., : self.token], own_1, logits_V[..., self.token + 1 :]]
         if self.token > words:  # words that the tokenizer has and the table lacks are never written

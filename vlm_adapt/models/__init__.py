@@ -23,3 +23,6 @@ CHECKS = Choices(
         "promptable": "vlm_adapt.models.check_masks:check_promptable",
     },
 )
+MASKS = Choices(
+    "way to draw masks that a token asks for", {"sam": "vlm_adapt.models.mask_build:attach_masks"}
+)

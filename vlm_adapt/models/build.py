@@ -22,12 +22,14 @@ from vlm_adapt.connectors import build_connector
 from vlm_adapt.data.collate import Batch, collate
 from vlm_adapt.data.encode import Encoder
 from vlm_adapt.data.reader import Reader
+from vlm_adapt.data.token_masks import MaskSpec
 from vlm_adapt.errors import UserError
 from vlm_adapt.language.load import choose_template, load_language, load_tokenizer
-from vlm_adapt.models import KINDS
+from vlm_adapt.models import KINDS, MASKS
 from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.calibrate import calibrate
 from vlm_adapt.models.fingerprint import fingerprint
+from vlm_adapt.models.mask_token import UNUSED
 from vlm_adapt.models.vlm import VisionLanguageModel
 from vlm_adapt.quiet import quiet
 from vlm_adapt.template import Template
@@ -49,10 +51,11 @@ class Assembled(AssembledModel):
     template: Template
     encoder: Encoder
     stop_ids: set[int]
+    masks: MaskSpec | None = None
 
     def unused(self) -> dict[str, set[str]]:
-        """Blocks behind the deepest layer that the connector reads."""
-        return {"vision": set(self.model.vision.unused_modules(self.model.layers))}
+        """Blocks behind the deepest layer that the connector reads; what masks leave out of their decoder."""
+        return {"vision": set(self.model.vision.unused_modules(self.model.layers)), "masks": set(UNUSED)}
 
     def _after_plan(self) -> None:
         assert self.plan is not None
@@ -84,7 +87,7 @@ class Assembled(AssembledModel):
         """Samples of these sources, ready for this model."""
         spec = self.model.vision.image_spec
         system = self.config.language.system
-        return Reader(sources, self.encoder, self.template, system, spec, seed, data)
+        return Reader(sources, self.encoder, self.template, system, spec, seed, data, self.masks)
 
     @property
     def collate(self) -> Callable[..., Batch]:
@@ -107,8 +110,9 @@ class Assembled(AssembledModel):
         return True
 
     def prepare(self, reader: Any, plan: Any, run: Run) -> None:
-        """Give a connector with `normalise: data` its statistics."""
+        """Give a connector with `normalise: data` its statistics, and masks their weights in the loss."""
         calibrate(self, reader, plan)
+        self.model.mask_weights = (run.train.cross_entropy_weight, run.train.dice_weight)
 
     def save_words(self, folder: Path) -> None:
         """The tokenizer."""
@@ -123,6 +127,7 @@ class Assembled(AssembledModel):
             "state_size": self.config.state_size,
             "seq2seq": self.encoder.seq2seq,
             "native": self.model.vision.image_spec.native,
+            "masks": self.masks,
         }
 
 
@@ -207,6 +212,9 @@ def build_vision_language(
     with place:
         model = VisionLanguageModel(tower, connector, language, vision.layers, config.state_size)
     model = model.to(dtype).eval()
+    masks: MaskSpec | None = None
+    if config.masks is not None:
+        masks = MASKS.load("sam")(model, tokenizer, config, dtype, seed, empty)
 
     prefix_lm = config.language.prefix_lm
     template = choose_template(config.language.template, tokenizer, language.seq2seq, prefix_lm)
@@ -217,6 +225,7 @@ def build_vision_language(
         seq2seq=language.seq2seq,
         start_id=getattr(language, "start_id", 0),
         state_size=config.state_size,
+        mask_token=None if masks is None else masks.token,
     )
     language.tokenizer = tokenizer
     stop_ids = _stop_ids(tokenizer, template, language.model)
@@ -231,6 +240,7 @@ def build_vision_language(
         template=template,
         encoder=encoder,
         stop_ids=stop_ids,
+        masks=masks,
     )
 
 

@@ -65,7 +65,19 @@ def fingerprint(model: VisionLanguageModel, config: Model) -> Fingerprint:
             "weights": _digest(_samples(model.parts()["connector"])),
         },
         "language": marks(model.language, language.model, language.weights),
-    }
+    } | _of_masks(model, config)
+
+
+def _of_masks(model: VisionLanguageModel, config: Model) -> Fingerprint:
+    """The marks of what draws masks, and of its own tower."""
+    if model.masks is None or config.masks is None:
+        return {}
+    words = config.masks
+    plain = {"token": words.token, "options": words.decoder.options, "layers": list(model.mask_layers)}
+    found = {"masks": own_marks(model.masks, f"mask decoder ({words.decoder.weights})", plain)}
+    if model.mask_vision is not None and words.vision is not None:
+        found["mask tower"] = marks(model.mask_vision, words.vision.model, words.vision.weights)
+    return found
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Knows the order of the road; knows nothing about files, adaptation methods or en
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vlm_adapt.data.patches import Patches
 from vlm_adapt.language.language import Generation, Language, LanguageInput
 from vlm_adapt.language.places import Prompt
 from vlm_adapt.models.feature_cache import FeatureCache
+from vlm_adapt.models.mask_token import MaskToken
 from vlm_adapt.models.masks import layout, without_places
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.splice import splice
@@ -52,6 +54,11 @@ class VisionLanguageModel(nn.Module):
         self.penalties: list[Callable[[], Tensor | None]] = []  # of the methods that train
         self.stop_ids: set[int] = set()  # tokens at which an answer ends
         self.compute_dtype = next(language.parameters()).dtype
+        self.masks: MaskToken | None = None  # of models/mask_build.py, as all that follows
+        self.mask_vision: Tower | None = None  # None: masks are drawn on the features of `vision`
+        self.mask_layers: tuple[int, ...] = (-1,)
+        self.mask_cache: FeatureCache | None = None
+        self.mask_weights = (2.0, 0.5)  # of binary cross-entropy and dice
         self.state_projector = (
             nn.Sequential(
                 nn.Linear(state_size, language.width), nn.GELU(), nn.Linear(language.width, language.width)
@@ -67,7 +74,8 @@ class VisionLanguageModel(nn.Module):
             parts["connector"] = nn.ModuleDict(
                 {"connector": self.connector, "state_projector": self.state_projector}
             )
-        return parts | {"language": self.language}
+        parts["language"] = self.language
+        return parts if self.masks is None else parts | {"masks": self.masks}
 
     def image_tokens(self, images: Tensor | Patches) -> Tensor:
         """uint8 images [N, C, H, W] -> tokens [N, K, D]; of native sizes -> [U, D], image after image."""
@@ -82,6 +90,20 @@ class VisionLanguageModel(nn.Module):
     def features(self, images: Tensor | Patches) -> list[Tensor] | PackedFeatures:
         """uint8 images [N, C, H, W] -> features_NPD of each layer that the connector reads; or packed."""
         return features_of(self.vision, images, self.layers)
+
+    def mask_features(self, batch: Batch, features: list[Tensor]) -> Tensor:
+        """features_JPE on which masks are drawn: of the masks' own tower, or the last of the model's own."""
+        assert batch.masks is not None
+        if self.mask_vision is None:
+            return features[-1]
+        tower = self.mask_vision
+
+        def compute(images: Any) -> Any:
+            return features_of(tower, images, self.mask_layers)
+
+        compute = compute if self.mask_cache is None else partial(self.mask_cache, compute)
+        (features_JPE,) = compute(batch.masks.scenes_JCHW)
+        return features_JPE
 
     def inputs(self, batch: Batch, tokens: Tensor | None = None) -> LanguageInput:
         """Steps 1 to 4: everything before the language. `tokens` are the images', if they are known."""

@@ -8,5 +8,6 @@ OBJECTIVES = Choices(
         "language": "vlm_adapt.models.objectives.language:language",
         "embedding": "vlm_adapt.models.objectives.embedding:embedding",
         "distillation": "vlm_adapt.models.objectives.distillation:distillation",
+        "masks": "vlm_adapt.models.objectives.masks:masks",
     },
 )
