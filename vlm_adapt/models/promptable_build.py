@@ -27,7 +27,6 @@ from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.build import vision_tower
 from vlm_adapt.models.fingerprint import marks, own_marks
 from vlm_adapt.models.promptable import Promptable, PromptConnector
-from vlm_adapt.models.segmenter_build import text_encoder
 from vlm_adapt.quiet import quiet
 from vlm_adapt.text.labels import LabelEmbeddings
 from vlm_adapt.vision.tower import Tower
@@ -69,11 +68,9 @@ class AssembledPromptable(AssembledModel):
         """Blocks behind the layer that the neck reads."""
         model = self.model
         unused = {"vision": set(model.vision.unused_modules(model.layers))}
-        return (
-            unused
-            if model.labels is None
-            else unused | {"language": set(model.labels.encoder.unused_modules())}
-        )
+        if model.labels is not None:
+            unused["language"] = set(model.labels.encoder.unused_modules())
+        return unused
 
     def reader(self, sources: Sequence[Source], seed: int, data: Data) -> Any:
         """Prompts drawn from samples' masks and objects, ready for this model."""
@@ -116,6 +113,8 @@ def build(
     place = torch.device("meta") if empty else nullcontext()
     labels = None
     if config.text is not None:
+        from vlm_adapt.models.segmenter_build import text_encoder  # brings dense heads along
+
         labels = LabelEmbeddings(text_encoder(config.text, dtype, empty), config.text.templates)
     with place:
         tower = vision_tower(config.vision, dtype, empty)
