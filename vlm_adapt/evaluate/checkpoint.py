@@ -1,6 +1,6 @@
 """The verb `evaluate`: a checkpoint alone, scored on held-out samples.
 
-Knows checkpoints, overrides and where results go; the scoring is in run.py.
+Knows checkpoints, overrides and where results go; the scoring is that of the model's kind (kinds.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vlm_adapt import dist
 from vlm_adapt.config.load import load_run
 from vlm_adapt.config.schema import Run
 from vlm_adapt.evaluate.files import write_scores
+from vlm_adapt.evaluate.kinds import EVALUATIONS
 from vlm_adapt.evaluate.progress import Told
-from vlm_adapt.evaluate.run import evaluate
 from vlm_adapt.evaluate.scores import Scores
-from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.restore import restore
 
 
@@ -43,14 +43,14 @@ def evaluate_checkpoint(
     if dist.is_main():
         target = output or folder / "evaluation"
         write_scores(target, scores, assembled, stage_run)
-        print(scores.line())
+        print("\n\n".join(part for part in (scores.table(), scores.line()) if part))
         print(f"written to {target}", file=sys.stderr)
     return scores
 
 
 def score(
     path: str | Path, overrides: Sequence[str] = (), limit: int | None = None
-) -> tuple[Scores, Assembled, Run, Path]:
+) -> tuple[Scores, AssembledModel, Run, Path]:
     """As `evaluate_checkpoint`, and nothing is written: the scores, the model, its run, and its folder."""
     assembled, _, folder = restore(path)
     run = load_run(folder / "run.yaml", overrides)
@@ -63,7 +63,7 @@ def score(
         with torch.autocast(device.type, assembled.dtype, enabled=assembled.dtype != torch.float32):
             yield
 
-    scores = evaluate(
+    scores: Scores = EVALUATIONS.load(stage_run.model.kind)(
         assembled,
         stage_run.data,
         stage_run.evaluate,

@@ -18,11 +18,13 @@ SIDE = 192  # pixels
 
 
 def write_scores(folder: Path, scores: Scores, assembled: AssembledModel, run: Run) -> None:
-    """Write `metrics.json`, then a line a question in `predictions.jsonl`, with pictures for the first."""
+    """Write `metrics.json` and what the scores bring beside it, then a line a question (of a segmenter, an
+    image) in `predictions.jsonl`, with pictures for the first."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.json").write_text(
         json.dumps(scores.metrics, indent=1, ensure_ascii=False), encoding="utf-8"
     )
+    scores.write(folder)
     pictures = _thumbnails(folder, assembled, run) if assembled.thumbnails else {}
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for row in scores.predictions:

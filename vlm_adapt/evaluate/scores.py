@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,13 @@ class Scores:
         plain = {k: v for k, v in self.metrics.items() if isinstance(v, float) and not math.isnan(v)}
         kinds = self.metrics.get("accuracy_by_kind", {})
         return "  ".join(f"{key} {value:.4g}" for key, value in {**plain, **kinds}.items())
+
+    def table(self) -> str:
+        """Figures of classes for a terminal; empty where `line` says all."""
+        return ""
+
+    def write(self, folder: Path) -> None:
+        """Further files beside `metrics.json`."""
 
 
 def answer_metrics(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:

@@ -154,6 +154,17 @@ class NamedConfusion:
         """Add counts of another, label by label."""
         self._enter(other.confusion.counts_CC, other.labels)
 
+    def plain(self) -> tuple[list[str], np.ndarray]:
+        """Labels and counts_CC, to be sent to another rank."""
+        return self.labels, self.confusion.counts_CC
+
+    @classmethod
+    def from_plain(cls, labels: Sequence[str], counts_CC: np.ndarray) -> NamedConfusion:
+        """The inverse of `plain`."""
+        made = cls()
+        made._enter(counts_CC, labels)
+        return made
+
     def _enter(self, counts_CC: np.ndarray, labels: Sequence[str]) -> None:
         for label in labels:
             self.places.setdefault(label, len(self.places))
