@@ -59,6 +59,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# Tasks of masks need a model with a token for them: tests/test_tasks_masks.py.
+WORDS = [name for name in TASKS if not name.endswith("_masks")]
+
+
 def reader(tokenizer: Any, kind: str, shards: Path, images: int, *names: str) -> Reader:
     template, seq2seq = KINDS[kind]
     encoder = Encoder(tokenizer, K, 600, seq2seq=seq2seq, start_id=0)
@@ -76,7 +80,7 @@ def learned(tokenizer: Any, row: Encoded) -> list[str]:
 @pytest.mark.parametrize("images", [0, 1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_task_encodes(tokenizer: Any, shards: Path, kind: str, images: int) -> None:
-    names = list(TASKS)
+    names = WORDS
     made = reader(tokenizer, kind, shards, images, *names)
     for number, name in enumerate(names):
         account = Account()
@@ -100,7 +104,7 @@ def test_every_task_encodes(tokenizer: Any, shards: Path, kind: str, images: int
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_and_references(tokenizer: Any, shards: Path, kind: str) -> None:
     """Every task can be held out, too: prompts are where references begin."""
-    names = list(TASKS)
+    names = WORDS
     made = reader(tokenizer, kind, shards, 1, *names)
     for number, name in enumerate(names):
         sample, phrasing = made.sample(number)
@@ -118,7 +122,7 @@ def test_prompts_and_references(tokenizer: Any, shards: Path, kind: str) -> None
 
 def test_what_is_learned(tokenizer: Any, shards: Path) -> None:
     """Each task's answers, by a few words of them."""
-    names = list(TASKS)
+    names = WORDS
     made = reader(tokenizer, "seq2seq", shards, 1, *names)
     said = {
         name: [
@@ -173,5 +177,5 @@ def test_palis_own() -> None:
         "object_aware": 50,
         "detection": 16,
     }
-    assert {source.name for source in sources} == set(TASKS)
+    assert {source.name for source in sources} == set(WORDS)
     assert np.isclose(sum(source.weight for source in sources), 1566)

@@ -42,7 +42,7 @@ def test_every_task(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("captions", {}, r"unknown task 'captions', did you mean 'caption'\? known are caption, detection"),
+        ("captions", {}, r"unknown task 'captions', did you mean 'caption'\? known are caption, class_masks"),
         ("caption", {"promt": "x"}, r"task 'caption' has no setting 'promt', did you mean 'prompt'\?"),
         ("caption", {"zzz": 1}, r"task 'caption' has no setting 'zzz': known are style, prompt, lang"),
         ("caption", {"prompt": "in {lnag}:"}, r"task 'caption': prompt .* no field '\{lnag\}', did you mean"),

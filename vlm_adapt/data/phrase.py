@@ -77,6 +77,11 @@ class Phrasing:
         """Whether `training`, `evaluation` and `references` want the sizes of a sample's images."""
         return self.task is not None and self.task.needs_sizes
 
+    @property
+    def needs_masks(self) -> bool:
+        """Whether they want `shown` in the record: which labels the semantic mask shows."""
+        return self.task is not None and self.task.needs_masks
+
     def images(self, record: dict[str, Any], images: int) -> list[int]:
         """Which of a sample's images its sentences show, by number."""
         return list(range(images)) if self.task is None or self.task.keeps_images else []

@@ -15,6 +15,7 @@ import numpy as np
 from vlm_adapt.config.schema import Data, Source
 from vlm_adapt.data.encode import Encoded, Encoder
 from vlm_adapt.data.images import load_image
+from vlm_adapt.data.mask_targets import labels_shown
 from vlm_adapt.data.patches import image_tokens, load_images
 from vlm_adapt.data.phrase import Asked, Images, Phrasing
 from vlm_adapt.data.problems import Account, BadSample
@@ -83,8 +84,11 @@ class Reader(Samples):
             BadSample: its bytes or record cannot be used.
         """
         sample, phrasing = self.raw(number), self.phrasings[self.locate(number)[0]]
-        kept = phrasing.images(sample.record, len(sample.images))
-        return replace(sample, images=[sample.images[place] for place in kept]), phrasing
+        record = sample.record
+        if phrasing.needs_masks and sample.mask is not None:
+            record = record | {"shown": labels_shown(sample)}
+        kept = phrasing.images(record, len(sample.images))
+        return replace(sample, record=record, images=[sample.images[place] for place in kept]), phrasing
 
     def _images(self, sample: Sample, phrasing: Phrasing) -> Images:
         """What the phrasing wants to know of a sample's images: how many, or their sizes."""

@@ -9,9 +9,11 @@ TASKS = Choices(
     "task",
     {
         "caption": "vlm_adapt.data.tasks.caption:Caption",
+        "class_masks": "vlm_adapt.data.tasks.segmentation:ClassMasks",
         "detection": "vlm_adapt.data.tasks.detection:Detection",
         "object_aware": "vlm_adapt.data.tasks.object_aware:ObjectAware",
         "ocr": "vlm_adapt.data.tasks.ocr:Ocr",
+        "referring_masks": "vlm_adapt.data.tasks.segmentation:ReferringMasks",
         "span_corruption": "vlm_adapt.data.tasks.span_corruption:SpanCorruption",
         "split_cap": "vlm_adapt.data.tasks.split_cap:SplitCap",
         "vqa": "vlm_adapt.data.tasks.vqa:Vqa",

@@ -63,6 +63,7 @@ class Task:
     required: ClassVar[tuple[str, ...]] = ()  # a prompt without them would leave out what is asked
     keeps_images: ClassVar[bool] = True
     needs_sizes: ClassVar[bool] = False  # of the images, (width, height) as they are seen
+    needs_masks: ClassVar[bool] = False  # `shown` in the record: each label of the semantic mask, its share
 
     def __post_init__(self) -> None:
         check_prompt("prompt", self.template, ("lang", "language", *self.fields), self.required)
