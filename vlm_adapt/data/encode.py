@@ -174,6 +174,7 @@ class Encoder:
 
     def _write(self, sentence: Sentence, lengths: Sequence[int], learn: bool) -> _Row:
         row = _Row()
+        row.masks.asked = not learn
         segments: Sequence[Any] = sentence.segments
         prompt = len(segments)
         if self.seq2seq:

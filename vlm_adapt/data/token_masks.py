@@ -58,12 +58,14 @@ class RowMasks:
         starts: where the tokens are, ascending; `references` what each means.
         targets: [h, w] uint8 each: 1 inside, 0 outside, IGNORED; filled where the sample is read.
         scenes: the sample's images for the masks' own tower, [C, H, W] uint8.
+        asked: whether the row is a prompt, whose answer may ask for masks.
     """
 
     starts: list[int] = field(default_factory=list)
     references: list[Mapping[str, Any]] = field(default_factory=list)
     targets: list[np.ndarray] = field(default_factory=list)
     scenes: list[np.ndarray] = field(default_factory=list)
+    asked: bool = False
 
     def note(
         self, tokens: Sequence[int], start: int, token: int | None, masks: Sequence[Any], learn: bool
@@ -227,7 +229,7 @@ def together(placed: Sequence[tuple[Any, int, int]], spec: MaskSpec) -> TokenMas
             positions.append(start + place)
             targets.append(target)
             images.append(image_before(text, place, before))
-        if not len(text.targets):
+        if text.masks.asked:
             writers += [image_before(text, place, before) for place in text.ends()]
     if spec.own and not scenes:
         scenes.append(np.zeros((3, *spec.image_spec.size), np.uint8))

@@ -23,9 +23,11 @@ from vlm_adapt.data.encode import Encoded
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.data.reader import Prompt, Reader
 from vlm_adapt.errors import UserError
+from vlm_adapt.evaluate.masks import Meant, answer_masks, masks_meant, score
 from vlm_adapt.evaluate.scores import Scores, answer_metrics, loss_metrics
 from vlm_adapt.language.language import Generation
 from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.mask_answer import answer
 from vlm_adapt.models.objectives.language import language
 
 SORTED_BATCHES = 4
@@ -33,7 +35,7 @@ SORTED_BATCHES = 4
 
 @dataclass
 class _Item:
-    """A sample to score, encoded once: prompts, references, and its own and another's pixels."""
+    """A sample to score, encoded once: prompts, references, its own and another's pixels, and its masks."""
 
     number: int
     key: str
@@ -41,6 +43,7 @@ class _Item:
     references: list[Encoded]
     own: list[Any]
     other: list[Any]
+    meant: Meant
 
 
 def evaluate(
@@ -82,7 +85,7 @@ def evaluate(
         raise UserError(
             f"none of {len(chosen)} held-out samples could be used: {account.to_dict()['refused']}"
         )
-    metrics = answer_metrics(rows, settings)
+    metrics = answer_metrics(rows, settings) | answer_masks(rows)
     losses = [part for parts in dist.gather(runner.losses) for part in parts]
     metrics |= loss_metrics(losses)
     metrics |= {"samples": len(chosen), "samples_available": len(numbers)}
@@ -138,13 +141,16 @@ class _Runner:
                 sample, phrasing = self.reader.sample(number)
                 prompts = self.reader.prompts(sample, phrasing)
                 references = self.reader.references(sample, phrasing)
+                meant = Meant()
+                if self.assembled.masks is not None:
+                    meant = masks_meant(sample, prompts, self.reader.max_pixels)
             except BadSample as error:
                 self.account.refuse(self.reader.key(number), error)
                 continue
             self.account.use(truncated=any(row.cut for row in references))
             own = prompts[0].row.pixels if prompts else []
             other = self._other(number, own, everyone) if self.settings.blind and own else own
-            yield _Item(number, sample.key, prompts, references, own, other)
+            yield _Item(number, sample.key, prompts, references, own, other, meant)
 
     def _other(self, number: int, own: Sequence[Any], everyone: Sequence[int]) -> list[Any]:
         """Pixels of another sample with as many images as `own`, about half the set away.
@@ -169,8 +175,8 @@ class _Runner:
         )
 
     def _answers(self, items: list[_Item]) -> list[dict[str, Any]]:
-        own = self._generate(items, blind=False)
-        blind = self._generate(items, blind=True) if self.settings.blind else None
+        own, drawn = self._generate(items, blind=False)
+        blind = self._generate(items, blind=True)[0] if self.settings.blind else None
         rows = []
         for place, item in enumerate(items):
             questions = [question for prompt in item.prompts for question in prompt.asked.questions]
@@ -185,23 +191,28 @@ class _Runner:
                     "prediction": own[place][number],
                     "kind": question.kind,
                 }
+                row |= score(drawn[place][number], number, item.meant, self.assembled)
                 if blind is not None:
                     row["blind_prediction"] = blind[place][number]
                 rows.append(row)
         return rows
 
-    def _generate(self, items: list[_Item], blind: bool) -> list[list[str]]:
-        """For every item the answers to its questions, in order."""
+    def _generate(self, items: list[_Item], blind: bool) -> tuple[list[list[str]], list[list[Any]]]:
+        """For every item the answers to its questions and the masks of each, in order."""
         rows = [prompt.row for item in items for prompt in self._show(item, blind).prompts]
         if not rows and not self.synced:
-            return []
+            return [], []
         batch = collate(rows, **self.assembled.collate_options).to(self.device)
         settings = Generation(self.settings.max_new_tokens, synced=self.synced)
         with self.autocast():
-            written = self.assembled.model.generate(batch, settings, self.assembled.stop_ids)
+            written, masks = answer(self.assembled.model, batch, settings, self.assembled.stop_ids)
         decode = self.assembled.tokenizer.decode
         texts = iter([decode(ids, skip_special_tokens=True).strip() for ids in written])
-        return [[next(texts) for prompt in item.prompts for _ in prompt.asked.questions] for item in items]
+        counts = [sum(len(prompt.asked.questions) for prompt in item.prompts) for item in items]
+        each = iter(masks)
+        return [[next(texts) for _ in range(n)] for n in counts], [
+            [next(each) for _ in range(n)] for n in counts
+        ]
 
     @staticmethod
     def _show(item: _Item, blind: bool) -> _Item:
