@@ -25,6 +25,7 @@ class Turn:
     Attributes:
         content: the user's text, `<image>` where its images stand.
         pixels: [C, H, W] uint8 each, of the tower's size, or patches; `names` where they came from.
+        scenes: the same images for a model's mask tower, where it has one of its own.
         answer: None until there is one.
     """
 
@@ -32,6 +33,7 @@ class Turn:
     pixels: list[Any] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     answer: str | None = None
+    scenes: list[Any] = field(default_factory=list)
 
 
 def place_images(text: str, images: int) -> str:
@@ -84,13 +86,13 @@ class History:
         """Names of all images in reading order."""
         return [name for turn in self.turns for name in turn.names]
 
-    def ask(self, text: str, pixels: Sequence[Any], names: Sequence[str]) -> Turn:
+    def ask(self, text: str, pixels: Sequence[Any], names: Sequence[str], scenes: Sequence[Any] = ()) -> Turn:
         """Add a question. An encoder-decoder is shown this turn alone, with the last images if it has none.
 
         Raises:
             UserError: placeholders and images differ in number.
         """
-        turn = Turn(place_images(text, len(pixels)), list(pixels), list(names))
+        turn = Turn(place_images(text, len(pixels)), list(pixels), list(names), scenes=list(scenes))
         if self.turns and self.turns[-1].answer is None:
             self.turns.pop()  # its reply was never read
         if self.encoder.seq2seq and self.turns:
@@ -138,4 +140,10 @@ class History:
         except BadSample:
             return None
         row.pixels = pixels
+        row.masks.scenes = [scene for turn in self.turns[first:] for scene in turn.scenes]
         return row
+
+    def last_image(self) -> str | None:
+        """The name of the last image that the model still sees."""
+        names = [name for turn in self.turns[self.first :] for name in turn.names]
+        return names[-1] if names else None

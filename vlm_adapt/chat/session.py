@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,6 +19,7 @@ import torch
 
 from vlm_adapt import dist
 from vlm_adapt.chat.history import History, Turn
+from vlm_adapt.chat.masks import ReplyMask, read_pixels
 from vlm_adapt.chat.words import Words
 from vlm_adapt.data.collate import collate
 from vlm_adapt.data.encode import Encoded
@@ -25,9 +27,11 @@ from vlm_adapt.data.images import MAX_PIXELS
 from vlm_adapt.data.patches import load
 from vlm_adapt.data.problems import BadSample
 from vlm_adapt.errors import UserError
+from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.language.language import Generation
 from vlm_adapt.models.adapters import Adapters
 from vlm_adapt.models.build import Assembled
+from vlm_adapt.models.mask_answer import Watch, at_size
 from vlm_adapt.models.restore import find_checkpoint, read_checkpoint, restore
 
 
@@ -59,6 +63,7 @@ class Session:
         notes: what the user should know about the last question (turns that no longer fit, a reply
             that was cut); read them after the reply.
         speed: of the last reply.
+        masks: that the last reply carries, in the order of its tokens; read them after the reply.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class Session:
         self.history = History(assembled.template, assembled.encoder, system)
         self.notes: list[str] = []
         self.speed: Speed | None = None
+        self.masks: list[ReplyMask] = []
         self._told_single = False
 
     @classmethod
@@ -120,8 +126,11 @@ class Session:
         self.history.encoder = self.assembled.encoder
         self.notes = list(self.adapters.notes)
 
-    def load_image(self, file: str | Path) -> Any:
+    def load_image(self, file: str | Path, spec: ImageSpec | None = None) -> Any:
         """An image file as the tower wants it: uint8 [C, H, W], or patches of an image of native size.
+
+        Args:
+            spec: another tower's; None is that of the tower whose images the language reads.
 
         Raises:
             UserError: it is missing, not an image, damaged, or too large.
@@ -134,7 +143,7 @@ class Session:
         except OSError as error:
             raise UserError(f"the image '{file}' cannot be read: {error.strerror}") from error
         try:
-            return load(data, self.assembled.model.vision.image_spec, self.max_pixels)
+            return load(data, spec or self.assembled.model.vision.image_spec, self.max_pixels)
         except BadSample as error:
             raise UserError(f"'{file}' cannot be shown to the model: {error}") from error
 
@@ -149,12 +158,14 @@ class Session:
             UserError: an image cannot be used, or placeholders and images differ. The conversation stays
                 as it was.
         """
-        self.notes, self.speed = [], None
+        self.notes, self.speed, self.masks = [], None, []
         pixels = [self.load_image(image) for image in images]
+        spec = self.assembled.masks
+        scenes = [self.load_image(image, spec.image_spec) for image in images] if spec and spec.own else []
         names = [str(Path(image).expanduser().resolve()) for image in images]
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # odd bytes of a terminal
         history, single = self.history, self.assembled.encoder.seq2seq
-        turn = history.ask(text, pixels, names)
+        turn = history.ask(text, pixels, names, scenes)
         try:
             row, dropped = history.prompt(self.settings.max_new_tokens)
         except UserError:
@@ -192,11 +203,12 @@ class Session:
 
         seed = self.settings.seed
         seed = None if seed is None else seed + len(self.history.turns) - 1
-        settings = replace(self.settings, max_new_tokens=room, seed=seed, on_token=on_token)
+        watch = None if assembled.masks is None else Watch(assembled.model, batch)
+        settings = replace(self.settings, max_new_tokens=room, seed=seed, on_token=on_token, on_states=watch)
 
         def write() -> None:
             try:
-                with torch.autocast(device.type, assembled.dtype, enabled=assembled.dtype != torch.float32):
+                with self._autocast():
                     assembled.model.generate(batch, settings, assembled.stop_ids)
             except _Stopped:
                 pass
@@ -234,6 +246,27 @@ class Session:
                 "model.language.max_length" if room < self.settings.max_new_tokens else "the length asked for"
             )
             self.notes.append(f"the reply was cut after {room} tokens ({reason})")
+        if watch is not None:
+            self._draw(watch, words.ids)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = self.assembled.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _draw(self, watch: Watch, tokens: list[int]) -> None:
+        """The masks that a reply's tokens ask for, at the size of the last image shown."""
+        with self._autocast():
+            (drawn,) = watch.masks([tokens])
+        image, spec = self.history.last_image(), self.assembled.masks
+        if not drawn or spec is None:
+            return
+        if image is None:
+            self.notes.append("the reply asks for a mask, and there is no image to draw it on")
+            return
+        height, width = read_pixels(image, self.max_pixels).shape[:2]
+        self.masks = [
+            ReplyMask(image, at_size(one, spec.image_spec, height, width)) for one in drawn if one is not None
+        ]
 
     def _stop_text(self) -> str:
         """What ends a turn where no single token does."""
@@ -246,7 +279,7 @@ class Session:
     def reset(self) -> None:
         """Forget the conversation; the system message and the settings stay."""
         self.history = History(self.assembled.template, self.assembled.encoder, self.history.system)
-        self.notes, self.speed = [], None
+        self.notes, self.speed, self.masks = [], None, []
 
     def transcript(self) -> dict[str, Any]:
         """The whole conversation as `shards write llava` reads a sample: messages and image files."""

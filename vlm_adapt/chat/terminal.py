@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm_adapt.chat.shown import check_mode, show_masks
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 from vlm_adapt.weights import cache
@@ -27,6 +28,8 @@ HELP = """\
   /system TEXT      change the system message (no text: the template's own)
   /temperature X    0 always writes the likeliest word, 1 draws as the model believes
   /adapter A + B    let these adapters answer (none: the base; no name: shows which there are)
+  /mask MODE        masks of replies: show (in the terminal where it can, and as a file), blocks
+                    (in coloured characters), file, or off
   /reset            forget the conversation
   /save FILE        write it as JSON, which `vlm-adapt shards write llava` reads
   /quit             leave (so do Ctrl-D, and Ctrl-C twice); Ctrl-C stops a reply
@@ -53,15 +56,20 @@ def show(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
-def answer_once(session: Session, prompt: str, images: Sequence[str]) -> None:
-    """One question; only its answer goes to standard output.
+def answer_once(session: Session, prompt: str, images: Sequence[str], masks: str = "show") -> None:
+    """One question; only its answer goes to standard output, and pictures where that is a terminal.
+
+    Args:
+        masks: what becomes of a reply's masks (see chat/shown.py).
 
     Raises:
-        UserError: an image cannot be used.
+        UserError: an image cannot be used, or a mask cannot be written.
     """
     for piece in session.ask(prompt, images):
         show(piece)
     print(flush=True)
+    for line in show_masks(session, masks):
+        tell(line)
     for note in session.notes:
         tell(f"({note})")
 
@@ -75,6 +83,7 @@ class Terminal:
 
     def __init__(self, session: Session, images: Sequence[str] = ()):
         self.session, self.images = session, list(images)
+        self.masks = "show"
         self.interrupted = False  # by Ctrl-C, with nothing asked since
         self.saved: set[Path] = set()
         self.commands: dict[str, Callable[[str], None]] = {
@@ -82,6 +91,7 @@ class Terminal:
             "system": self.system,
             "temperature": self.temperature,
             "adapter": self.adapter,
+            "mask": self.mask,
             "reset": self.reset,
             "save": self.save,
             "help": lambda _: print(HELP, file=sys.stderr),
@@ -150,6 +160,8 @@ class Terminal:
             reply.close()  # type: ignore[attr-defined]
             print(flush=True)
             tell("(stopped; Ctrl-C once more leaves)")
+        for said in show_masks(self.session, self.masks):
+            tell(said)
         for note in self.session.notes:
             tell(f"({note})")
         if self.session.speed is not None:
@@ -198,6 +210,11 @@ class Terminal:
                 "there are no adapters: start with vlm-adapt chat CHECKPOINT --adapter NAME=FOLDER"
             )
         tell(f"adapters: {', '.join(adapters.names)}; in use: {' + '.join(adapters.active) or 'none'}")
+
+    def mask(self, text: str) -> None:
+        """`/mask MODE`: what becomes of a reply's masks; without a mode, what does."""
+        self.masks = check_mode(text) if text else self.masks
+        tell(f"masks of replies: {self.masks}")
 
     def reset(self, text: str) -> None:
         """`/reset`."""

@@ -89,8 +89,14 @@ def chat(
         list[str] | None,
         typer.Option(metavar="NAME=FOLDER", help="Also this adapter, for /adapter; the last one is in use."),
     ] = None,
+    masks: Annotated[
+        str, typer.Option(help="Of replies: show (also in the terminal), blocks, file or off.")
+    ] = "show",
 ) -> None:
     """Talk to a trained model about images."""
+    from vlm_adapt.chat.shown import check_mode
+
+    check_mode(masks)
     checkpoint_folder(checkpoint)
     adapters = named_folders(adapter)
     files = [str(file) for file in image or []]
@@ -109,11 +115,13 @@ def chat(
     generation = Generation(max_new_tokens, temperature, top_p, seed)
     session = Session.open(checkpoint, system, generation, adapters)
     if prompt is not None:
-        answer_once(session, prompt, files)
+        answer_once(session, prompt, files, masks)
         return
     for file in files:
         session.load_image(file)
-    Terminal(session, files).run()
+    terminal = Terminal(session, files)
+    terminal.masks = masks
+    terminal.run()
 
 
 @app.command()
