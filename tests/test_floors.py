@@ -18,7 +18,7 @@ FLOORS = [
     | {"folders"},
     set("vision language text connectors heads adapt data metrics weights".split()),
     {"models"},
-    set("train evaluate chat export report".split()),
+    set("train evaluate chat export report segment".split()),
     {"cli", "__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

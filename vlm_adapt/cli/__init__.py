@@ -19,6 +19,7 @@ from vlm_adapt.cli.adapters import add_to, named_folders
 from vlm_adapt.cli.common import STYLE, Checkpoint, Config, Overrides, checked_run, checkpoint_folder
 from vlm_adapt.cli.probe import probe
 from vlm_adapt.cli.scores import scores
+from vlm_adapt.cli.segment import segment
 from vlm_adapt.cli.shards import shards
 from vlm_adapt.cli.weights import weights
 from vlm_adapt.errors import UserError
@@ -73,6 +74,7 @@ def evaluate(
 
 app.command()(scores)
 app.command()(probe)
+app.command()(segment)
 
 
 @app.command()

@@ -150,14 +150,14 @@ def overlay(
     mask_HW: np.ndarray,
     names: Sequence[str],
     palette: Sequence[Colour],
-    shares: Sequence[float],
+    shares: Sequence[float] | None,
     opacity: float = 0.55,
 ) -> PILImage.Image:
     """An image under its regions, with its legend below, or beside it where it is taller than wide.
 
     Args:
         pixels_HWC: uint8. mask_HW: places in `names`; any other value stays bare.
-        shares: of the image, a label each.
+        shares: of the image, a label each; None for no legend.
     """
     height, width = mask_HW.shape
     shown = picture_size(width, height)
@@ -165,7 +165,7 @@ def overlay(
     if shown != image.size:
         image = image.resize(shown, PILImage.Resampling.LANCZOS)
     regions = PILImage.fromarray(veiled(np.asarray(image), fit_mask(mask_HW, shown), palette, opacity))
-    return beside(regions, entries(shares, names, palette))
+    return regions if shares is None else beside(regions, entries(shares, names, palette))
 
 
 def beside(image: PILImage.Image, lines: Sequence[Entry]) -> PILImage.Image:
