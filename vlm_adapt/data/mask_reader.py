@@ -72,8 +72,9 @@ class MaskReader(Samples):
         sources: the configuration's sources; the task of each is `masks`, or none.
         image_spec: the size and statistics of training pictures.
         seed: of the draws.
-        data: limits of images, and where remote shards are kept.
-        augment: how training pictures vary; None brings every image to the size as `image_spec` says.
+        data: limits of images, where remote shards are kept, and `augment`: how training pictures vary (None
+            brings every image to the size as `image_spec` says).
+        augment: in place of that of `data`.
 
     Raises:
         UserError: another task, or a label in its settings that the data do not have.
@@ -90,7 +91,8 @@ class MaskReader(Samples):
         if image_spec.native is not None:
             raise UserError("masks are learned on images of one size: take a tower without native sizes")
         super().__init__(sources, seed, data)
-        self.image_spec, self.augment = image_spec, augment
+        self.image_spec = image_spec
+        self.augment = augment or (data or Data()).augment
         self.tasks = [make_masks(source.task) for source in sources]
         self._sets: dict[tuple[int, tuple[str, ...]], LabelSet] = {}
         for source, task in enumerate(self.tasks):
@@ -100,28 +102,31 @@ class MaskReader(Samples):
     def _check_names(self, source: int, task: Masks) -> None:
         """Look for the labels that a task names in a source's first samples, as many as it takes."""
         found: dict[str, None] = {}
-        first, last = self.starts[source], self.starts[source + 1]
-        for number in range(first, min(last, first + SAMPLES_LOOKED_AT)):
+        mistake: UserError | None = None
+        for sample in self._first(source):
+            found |= dict.fromkeys(sample.record.get("labels", ()))
             try:
-                found |= dict.fromkeys(self.raw(number).record.get("labels", ()))
-                task.check(found, self.names[source])
-                return
-            except BadSample:
-                continue  # it is refused and named when its turn comes
-            except UserError:
-                continue  # perhaps a later sample has the label
-        if any(name.strip() for name in found):
-            task.check(found, self.names[source])
+                return task.check(found, self.names[source])
+            except UserError as error:
+                mistake = error  # perhaps a later sample has the label
+        if mistake is not None and any(name.strip() for name in found):
+            raise mistake
 
     def labels(self, source: int) -> tuple[str, ...]:
         """The label set of a source's first sample that has one; () where none of the first ones has."""
+        for sample in self._first(source):
+            if sample.record.get("labels"):
+                return self._labelled(source, sample).labels
+        return ()
+
+    def _first(self, source: int) -> Iterator[Sample]:
+        """The first samples of a source, without those that are refused: training names them."""
         first, last = self.starts[source], self.starts[source + 1]
         for number in range(first, min(last, first + SAMPLES_LOOKED_AT)):
             try:
-                return self._labelled(source, self.raw(number)).labels
+                yield self.raw(number)
             except BadSample:
-                continue  # as above
-        return ()
+                continue
 
     def training(
         self,
