@@ -16,7 +16,6 @@ from vlm_adapt.choices import Choices, nearest
 from vlm_adapt.config.schema import Run, Vision
 from vlm_adapt.connectors import CONNECTORS
 from vlm_adapt.data.shards import expand
-from vlm_adapt.data.tasks.task import make_task
 from vlm_adapt.errors import UserError
 from vlm_adapt.metrics import METRICS
 from vlm_adapt.models import CHECKS
@@ -26,6 +25,16 @@ from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.start import check_starts
 from vlm_adapt.models.teacher import check_teacher
 from vlm_adapt.vision import library_of
+
+# What each kind of model makes of a sample.
+TASKS_OF = Choices(
+    "kind of model",
+    {
+        "vision_language": "vlm_adapt.data.tasks.task:make_task",
+        "segmenter": "vlm_adapt.data.tasks.masks:make_masks",
+        "promptable": "vlm_adapt.data.tasks.prompted:make_prompts",
+    },
+)
 
 
 def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
@@ -45,7 +54,7 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
             check_settings(METHODS, line.method, line.options, f"adapt.{number}")
         wanted = (*(stage.data.train if train else ()), *(stage.data.evaluate if evaluate else ()))
         for source in wanted:
-            make_task(source.task)  # reads no more than its vocabulary
+            TASKS_OF.load(run.model.kind)(source.task)  # reads no more than its vocabulary
             expand(source.shards)
             if source.keep is not None and not Path(source.keep.scores).expanduser().is_file():
                 raise UserError(
