@@ -1,0 +1,39 @@
+"""The seam of dense heads: features of a tower at some depths to a map of embeddings.
+
+Knows what goes in and what comes out; knows nothing about any architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class DenseHead(nn.Module):
+    """Subclasses give `forward`.
+
+    Attributes:
+        wants_class_token: whether each depth's features begin with the class token.
+        grid: (rows, columns) of the map that comes out.
+        notes: what a user should know of how it was made.
+    """
+
+    wants_class_token: bool
+    grid: tuple[int, int]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """features_NPD of each depth ([N, 1 + P, D] with a class token) to embeddings_NEhw, not normalised.
+
+        Raises:
+            UserError: other depths, widths or grids than it was built for.
+        """
+        raise TypeError(f"{type(self).__name__} does not say how to compute embeddings")
+
+    def unused_modules(self) -> list[str]:
+        """Dotted names of modules whose parameters get no gradient, whatever goes in."""
+        return []
