@@ -99,14 +99,9 @@ def corrected_point(
 
 
 def quota(count: int, shares: Mapping[str, float], draws: np.random.Generator) -> list[str]:
-    """`count` kinds, as near to their shares as whole numbers are; what is left over is drawn."""
+    """`count` kinds, in any order: whole numbers nearest to their shares, what is left over is drawn."""
     kinds = [kind for kind, share in shares.items() if share > 0]
-    whole = np.array([shares[kind] for kind in kinds]) / sum(shares[kind] for kind in kinds)
-    owed = draws.random(len(kinds)) * whole
-    chosen = []
-    for _ in range(count):
-        owed += whole
-        first = int(owed.argmax())
-        owed[first] -= 1
-        chosen.append(kinds[first])
-    return chosen
+    ends = np.cumsum([shares[kind] for kind in kinds])
+    places = (np.arange(count) + draws.random()) / count * ends[-1]
+    chosen = np.searchsorted(ends, places, side="right").clip(max=len(kinds) - 1)
+    return [kinds[place] for place in draws.permutation(chosen).tolist()]

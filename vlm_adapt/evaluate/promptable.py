@@ -5,7 +5,8 @@ nothing about training.
 
 Every mask that is drawn from a sample (the same ones every time) is prompted by one point, by three, by its
 box and, where the model reads words, by its name. IoU is taken at the image's own size and averaged over
-masks, as SAM's is (arXiv 2304.02643, section 7.1). `best` is the oracle's: the best of the masks that one point gives.
+masks, as SAM's is (arXiv 2304.02643, section 7.1). `best` is the best of the masks that one point
+gives.
 """
 
 from __future__ import annotations

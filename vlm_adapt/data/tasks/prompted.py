@@ -7,7 +7,7 @@ Knows settings; knows nothing about pixels, files or models. Used by SAM (Kirill
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -39,14 +39,14 @@ class Prompts:
         box_noise_pixels: the most a side is moved, in pixels of the square that the model sees.
     """
 
-    masks_per_image: int = Field(8, gt=0)
+    masks_per_image: Annotated[int, Field(gt=0)] = 8
     kinds: dict[str, float] = Field(
         default_factory=lambda: {"point": 2.0, "points": 1.0, "box": 2.0, "mask": 1.0}
     )
     masks: Literal["auto", "objects", "components", "labels"] = "auto"
-    smallest: float = Field(0.0005, ge=0, lt=1)
-    box_noise: float = Field(0.1, ge=0)
-    box_noise_pixels: float = Field(20.0, ge=0)
+    smallest: Annotated[float, Field(ge=0, lt=1)] = 0.0005
+    box_noise: Annotated[float, Field(ge=0)] = 0.1
+    box_noise_pixels: Annotated[float, Field(ge=0)] = 20.0
 
     name: ClassVar[str] = "prompts"
 

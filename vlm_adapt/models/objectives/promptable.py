@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from vlm_adapt.data.prompt_batch import PromptBatch, PromptGroup
 from vlm_adapt.data.prompt_draws import IGNORED
+from vlm_adapt.errors import UserError
 
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
 ALPHA = 0.25  # Focal's exponent is 2
@@ -40,8 +41,10 @@ def promptable(model: Any, batch: PromptBatch) -> tuple[Tensor, Tensor]:
     """Sum over learned masks of the loss above (float32 scalar), and each one's own [T], detached.
 
     Raises:
-        UserError: words prompt a model without a text encoder.
+        UserError: words prompt a model without a text encoder, or the model is no promptable one.
     """
+    if not hasattr(model.connector, "decoder"):
+        raise UserError("train.objective 'promptable' is what model.kind 'promptable' has: leave it out")
     found = predict(model, batch)
     total: Tensor | float = 0.0
     losses: list[Tensor] = []
