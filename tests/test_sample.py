@@ -11,6 +11,7 @@ from vlm_adapt.data.problems import BadSample
 from vlm_adapt.data.sample import FIELDS, parse_sample
 
 BOX = [1, 2.5, 30, 40]
+ASKED = {"question": "where?", "answer": "<seg>"}
 OBJECT = {"label": "cat", "box": BOX}
 
 
@@ -42,6 +43,8 @@ def test_masks() -> None:
     assert sample.masks == {2: b"c", 10: b"j"} and list(sample.masks) == [2, 10]
     assert (sample.mask, sample.images) == (b"s", [b"i"])
     assert parse({"text": "a"}).masks == {}
+    assert parse(ASKED | {"masks": [{"mask": 2}, {"label": "sky"}]}, mask_2_png=b"c").masks == {2: b"c"}
+    assert parse({"text": "a", "masks": "no question's"}).record["masks"]
     with pytest.raises(BadSample, match=r"objects names a mask that is not there: mask\.10\.png"):
         parse(record, mask_2_png=b"c")
     with pytest.raises(BadSample, match=r"referring names a mask that is not there: mask\.2\.png"):
@@ -53,6 +56,13 @@ def test_masks() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
+        (ASKED | {"masks": "sky"}, "masks of an answer is not a list: it is a str"),
+        (ASKED | {"masks": ["sky"]}, "a mask of an answer is not named by a mask or a label: 'sky'"),
+        (ASKED | {"masks": [{"mask": 0, "label": "sky"}]}, "is not named by a mask or a label"),
+        (ASKED | {"masks": [{"mask": "0"}]}, "a mask of an answer is not a number: '0'"),
+        (ASKED | {"masks": [{"mask": 3}]}, r"an answer means a mask that is not there: mask\.3\.png"),
+        ({"questions": [ASKED | {"masks": [{"label": ""}]}]}, "empty label of a mask"),
+        ({"messages": [{"role": "assistant", "content": "a", "masks": [{}]}]}, "is not named by a mask or"),
         ({"word": "x"}, "json has none of messages, .*, objects, referring, ocr, text"),
         ({"labels": "cat"}, "labels is not a list of names"),
         ({"labels": ["cat", 3]}, "labels is not a list of names"),

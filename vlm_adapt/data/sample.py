@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,9 @@ def parse_sample(key: str, members: Mapping[str, bytes]) -> Sample:
         for entry in record.get(name, ()):
             if "mask" in entry and entry["mask"] not in masks:
                 raise BadSample(f"{name} names a mask that is not there", f"mask.{entry['mask']}.png")
+    for reference in _references(record):
+        if "mask" in reference and reference["mask"] not in masks:
+            raise BadSample("an answer means a mask that is not there", f"mask.{reference['mask']}.png")
     return Sample(key, _images(members), record, members.get("mask.png"), masks)
 
 
@@ -157,6 +160,23 @@ def _check_question(question: Mapping[str, Any]) -> None:
         _check_text(question["answer"], "answer")
     else:
         raise BadSample("question without answer or answers")
+
+
+def _references(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What the mask tokens of a record's answers mean: {"mask": number} or {"label": name}, each checked."""
+    own = [record] if "question" in record else []
+    for entry in (*own, *record.get("questions", ()), *record.get("messages", ())):
+        references = entry.get("masks", [])
+        if not isinstance(references, list):
+            raise BadSample("masks of an answer is not a list", f"it is a {type(references).__name__}")
+        for reference in references:
+            if not isinstance(reference, dict) or ("mask" in reference) == ("label" in reference):
+                raise BadSample("a mask of an answer is not named by a mask or a label", repr(reference)[:80])
+            if "label" in reference:
+                _check_text(reference["label"], "label of a mask")
+            elif type(reference["mask"]) is not int:
+                raise BadSample("a mask of an answer is not a number", repr(reference["mask"])[:80])
+            yield reference
 
 
 def _check_messages(messages: Any) -> None:
