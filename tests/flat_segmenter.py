@@ -24,9 +24,10 @@ CLASSES = 16
 
 
 class Labels:
-    """The label `cat3` or `cat3|x` looks like class 3; names without a number look like class 0."""
+    """The label `cat3` or `cat3|x` looks like class 3; others look as `looks` says, or like 0."""
 
     def __init__(self) -> None:
+        self.looks: dict[str, int] = {}
         self.encoder = SimpleNamespace(trains=False)
         self.asked: list[tuple[str, ...]] = []
 
@@ -35,7 +36,9 @@ class Labels:
 
     def __call__(self, names: Sequence[str]) -> Tensor:
         self.asked.append(tuple(names))
-        numbers = ["".join(filter(str.isdigit, name.split("|")[0])) or "0" for name in names]
+        numbers = [
+            "".join(filter(str.isdigit, name.split("|")[0])) or self.looks.get(name, 0) for name in names
+        ]
         return functional.one_hot(torch.tensor([int(one) for one in numbers]), CLASSES).float()
 
 

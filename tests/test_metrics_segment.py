@@ -144,20 +144,22 @@ def test_against_a_loop_on_real_masks() -> None:
 
 
 def test_episodes_accumulate() -> None:
-    """A small object found and a large one missed: summed 4 / 104, where a mean over images says 1 / 2."""
+    """A small object found twice, a large one missed: summed 8 / 108, where a mean over images says 2 / 3."""
     counts, other = EpisodeCounts(2), EpisodeCounts(2)
     small, large = np.zeros((20, 20), int), np.zeros((20, 20), int)
     small[:2, :2] = 1
     large[:10, :10] = 1
     counts.add(0, small, small)
-    other.add(0, np.zeros_like(large), large)
-    other.add(1, small, np.where(small, 1, -1))
+    counts.add(0, np.zeros_like(large), large)
+    other.add(0, small, small)
+    other.add(1, small, np.where(small, 1, -1), times=2)
     counts.merge(other)
-    np.testing.assert_array_equal(counts.iou_C, [4 / 104, 1])
-    assert counts.miou() == pytest.approx((4 / 104 + 1) / 2)
-    # Foreground: hits 4 + 0 + 4, unions 4 + 100 + 4. Background: hits 396 + 300 + 0, unions 396 + 400 + 0.
-    assert counts.fb_iou() == pytest.approx((8 / 108 + 696 / 796) / 2)
-    assert counts.episodes_C.tolist() == [2, 1]
+    np.testing.assert_array_equal(counts.iou_C, [8 / 108, 1])
+    assert counts.miou() == pytest.approx((8 / 108 + 1) / 2)
+    # Foreground: hits 4 + 0 + 4 + 2 x 4, unions 4 + 100 + 4 + 8. Background: hits 396 + 300 + 396 + 0, unions
+    # 396 + 400 + 396 + 0.
+    assert counts.fb_iou() == pytest.approx((16 / 116 + 1092 / 1192) / 2)
+    assert counts.episodes_C.tolist() == [3, 2]
 
 
 def test_a_class_without_episodes_is_left_out() -> None:

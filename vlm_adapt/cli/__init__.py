@@ -22,6 +22,7 @@ from vlm_adapt.cli.scores import scores
 from vlm_adapt.cli.segment import segment
 from vlm_adapt.cli.shards import shards
 from vlm_adapt.cli.weights import weights
+from vlm_adapt.cli.zero_shot import zero_shot
 from vlm_adapt.errors import UserError
 
 app = typer.Typer(help="Adapt large vision-language models: train, evaluate, chat.", **STYLE)
@@ -74,6 +75,7 @@ def evaluate(
 
 app.command()(scores)
 app.command()(probe)
+app.command()(zero_shot)
 app.command()(segment)
 
 

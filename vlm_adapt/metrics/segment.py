@@ -189,14 +189,25 @@ class EpisodeCounts:
         self.union_2C = np.zeros((2, classes), np.int64)
         self.episodes_C = np.zeros(classes, np.int64)
 
-    def add(self, number: int, predicted_HW: np.ndarray, truth_HW: np.ndarray, ignore: int = IGNORE) -> None:
-        """Count an episode of class `number`; both masks are 0 or 1, truth may be `ignore`."""
+    def add(
+        self,
+        number: int,
+        predicted_HW: np.ndarray,
+        truth_HW: np.ndarray,
+        times: int = 1,
+        ignore: int = IGNORE,
+    ) -> None:
+        """Count an episode of class `number` that comes so many times.
+
+        Args:
+            predicted_HW, truth_HW: 1 class, 0 other; truth may be `ignore`.
+        """
         own = Confusion(2)
         own.add(predicted_HW, truth_HW, ignore)
         hits_2 = np.diagonal(own.counts_CC)
-        self.intersection_2C[:, number] += hits_2
-        self.union_2C[:, number] += own.counts_CC.sum(0) + own.counts_CC.sum(1) - hits_2
-        self.episodes_C[number] += 1
+        self.intersection_2C[:, number] += times * hits_2
+        self.union_2C[:, number] += times * (own.counts_CC.sum(0) + own.counts_CC.sum(1) - hits_2)
+        self.episodes_C[number] += times
 
     def merge(self, other: EpisodeCounts) -> None:
         """Add another rank's counts to these."""
