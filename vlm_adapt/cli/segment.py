@@ -207,6 +207,8 @@ def _print(done: Any, alone: bool) -> None:
     """A table of one image, a line of one among many."""
     shown = [row for row in done.rows if row["share"] > 0]
     missing = [row["label"] for row in done.rows if not row["share"]]
+    for note in done.figures.get("notes", []):
+        print(f"{done.source.path}: {note}", file=sys.stderr)
     if not alone:
         parts = [f"{row['label']} {_percent(row['share'])}" for row in shown[:LISTED]]
         parts += [f"{len(shown) - LISTED} more"] if len(shown) > LISTED else []

@@ -20,7 +20,7 @@ from vlm_adapt import dist
 from vlm_adapt.data.images import MAX_PIXELS, decode
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.errors import UserError
-from vlm_adapt.models.restore import find_checkpoint, read_checkpoint, restore
+from vlm_adapt.models.restore import find_checkpoint, read_checkpoint, restore_any
 from vlm_adapt.report.colours import colours
 from vlm_adapt.report.regions import overlay
 from vlm_adapt.report.segmentation import write_file, write_png
@@ -73,7 +73,7 @@ class Finder:
             )
         made = KINDS.load(kind)
         made.check(ask, run.model)
-        assembled, run, _ = restore(folder)
+        assembled, run, _ = restore_any(folder)
         self.device, self.dtype = dist.device(), assembled.dtype
         assembled.model.to(self.device).eval()
         self.kind, self.max_pixels = made(assembled, ask), run.data.max_pixels or MAX_PIXELS
@@ -170,7 +170,8 @@ class Segment:
         else:
             write_file(target, animated(iter(frames), one.frames or 1))
         files = {"masks": str(frames.folder), "overlay": str(target)}
-        return Done(one, frames.size, frames.count, frames.rows(), files, 0.0)
+        figures = {"notes": frames.notes} if frames.notes else {}
+        return Done(one, frames.size, frames.count, frames.rows(), files, 0.0, figures)
 
 
 class _Frames:
@@ -180,6 +181,7 @@ class _Frames:
         self.segment, self.source, self.rate = segment, source, rate
         self.folder = segment.output / f"{source.name}-masks"
         self.size, self.count = (0, 0), 0
+        self.notes: list[str] = []
         self.shares: dict[str, float] = {}
         self.scores: dict[str, list[float]] = {}
 
@@ -188,7 +190,7 @@ class _Frames:
         film = Film(self.segment.opacity)
         frames: Iterator[tuple[np.ndarray, float]]
         if self.source.kind == "video":
-            frames = ((one, float(1 / self.rate)) for one in read_video(path, self.rate, most))
+            frames = ((one, float(1 / self.rate)) for one in read_video(path, self.rate, most, self.notes))
         else:
             frames = read_frames(path, most)
         for pixels_HWC, seconds in frames:

@@ -67,11 +67,14 @@ def probe(path: Path) -> About:
     return About(rate, frames or None)
 
 
-def read_video(path: Path, rate: Fraction, max_pixels: int) -> Iterator[np.ndarray]:
+def read_video(path: Path, rate: Fraction, max_pixels: int, notes: list[str]) -> Iterator[np.ndarray]:
     """pixels_HWC uint8 of every frame at a constant rate, upright.
 
+    Args:
+        notes: takes what ffmpeg complains of in a video that it reads all the same.
+
     Raises:
-        BadSample: damaged from its beginning, or too large. What comes before later damage is given.
+        BadSample: damaged from its beginning, or too large.
     """
     command = [program(), "-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i", _file(path)]
     command += ["-map", "0:v:0", "-r", str(rate), "-f", "image2pipe", "-c:v", "ppm", "-"]
@@ -83,6 +86,8 @@ def read_video(path: Path, rate: Fraction, max_pixels: int) -> Iterator[np.ndarr
         process.wait()
         if not count:
             raise BadSample("damaged video", told() or "it has no frames")
+        if told():
+            notes.append(f"damaged: {count:,} frames could be read (ffmpeg: {told()})")
 
 
 def _frame(pipe: IO[bytes] | None, max_pixels: int) -> np.ndarray | None:
