@@ -13,17 +13,30 @@ import yaml
 
 from vlm_adapt.adapt import METHODS
 from vlm_adapt.cli import main
-from vlm_adapt.models.about import constants_of
+from vlm_adapt.models import about
+from vlm_adapt.models.about import constants_of, settings_of
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_every_method_says_what_it_is() -> None:
     for name in METHODS:
-        about = constants_of(METHODS[name])
-        assert about["name"] == name and about["summary"] and about["sides"], name
-        assert set(about["sides"]) <= {"vision", "connector", "language"}
-        assert about["paper"] or name in ("full", "last_blocks"), name
+        said = constants_of(METHODS[name])
+        assert said["name"] == name and said["summary"] and said["sides"], name
+        assert set(said["sides"]) <= {"vision", "connector", "language"}
+        assert said["paper"] or name in ("full", "last_blocks"), name
+
+
+def test_each_source_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many methods stand in one file, and their parents in few."""
+    read: list[Path] = []
+    whole = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: (read.append(path), whole(path, **how))[1])
+    about._parsed.cache_clear()
+    for name in METHODS:
+        settings_of(METHODS[name])
+        constants_of(METHODS[name])
+    assert len(read) == len(set(read)) and {path.name for path in read} >= {"tuner.py", "method.py"}
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

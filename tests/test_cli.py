@@ -103,6 +103,7 @@ MISTAKES = [
     (["train", "run.yaml", "evaluate.metrics=[exact]"], ["'exact'", "did you mean 'exact_match'"]),
     (["train", "run.yaml", "train.objective=languages"], ["did you mean 'language'"]),
     (["train", "run.yaml", "data.train.0.shards=gone.tar"], ["gone.tar does not exist"]),
+    (["train", "run.yaml", "adapter=nowhere"], ["no checkpoint 'nowhere'"]),
     (["config", "run.yaml", "seeed=3"], ["'seeed'", "did you mean 'seed'"]),
     (["chat", "nowhere"], ["no checkpoint 'nowhere'"]),
     (["chat", "."], ["'.' holds no checkpoint"]),

@@ -7,6 +7,7 @@ and a table is listed, before torch is imported.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _class_of(entry: str) -> tuple[ast.ClassDef | None, list[str]]:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return None, []
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    tree = _parsed(spec.origin)
     kind = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if kind is None:
         return None, []
@@ -82,3 +83,9 @@ def _class_of(entry: str) -> tuple[ast.ClassDef | None, list[str]]:
     }
     bases = [base.id for base in kind.bases if isinstance(base, ast.Name)]
     return kind, [homes.get(base, f"{module}:{base}") for base in bases]
+
+
+@functools.cache
+def _parsed(path: str) -> ast.Module:
+    """A source file's syntax: many classes of a table stand in one file, and share parents."""
+    return ast.parse(Path(path).read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.metrics import METRICS
 from vlm_adapt.models import CHECKS
 from vlm_adapt.models.about import settings_of
-from vlm_adapt.models.locate import LATEST
+from vlm_adapt.models.locate import LATEST, find_checkpoint
 from vlm_adapt.models.objectives import OBJECTIVES
 from vlm_adapt.models.start import check_starts
 from vlm_adapt.models.teacher import check_teacher
@@ -44,7 +44,8 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
         train, evaluate: whether the shards that are trained on, and those held out, must be there.
 
     Raises:
-        UserError: an unknown name or setting (the nearest is named), or shards that are not there.
+        UserError: an unknown name or setting (the nearest is named), or shards, an adapter or a start that
+            are not there.
     """
     check_vision(run.model.vision)
     CHECKS.load(run.model.kind)(run, train)
@@ -61,6 +62,8 @@ def check_run(run: Run, train: bool = True, evaluate: bool = True) -> None:
                     f"keep: there is no file '{source.keep.scores}'; `vlm-adapt scores CHECKPOINT` writes it"
                 )
     if train and not (Path(run.output_dir) / LATEST).is_file():  # a run that goes on needs no start
+        if run.adapter is not None:
+            find_checkpoint(run.adapter)
         check_starts([stage.adapt for _, stage in stages])
 
 
