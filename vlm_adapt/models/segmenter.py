@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vlm_adapt.data.mask_batch import MaskBatch
-from vlm_adapt.heads import DenseHead
+from vlm_adapt.heads.batch_norm import SharedBatchNorm
+from vlm_adapt.heads.dense_head import DenseHead
 from vlm_adapt.heads.dense_loss import dense_argmax, dense_cross_entropy, dense_logits
 from vlm_adapt.heads.regularisation import Regularisation
 from vlm_adapt.image_spec import ImageSpec
@@ -56,6 +57,12 @@ class SegmenterHead(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         """A tower's features to embeddings_NEhw of length 1, float32."""
         return functional.normalize(self.head(features).float(), dim=1)
+
+    def count(self, counted: bool) -> None:
+        """Whether the images to come are any, or one that stands in: it has no part in shared statistics."""
+        for module in self.head.modules():
+            if isinstance(module, SharedBatchNorm):
+                module.counts = counted
 
     def unused_modules(self) -> list[str]:
         """Dotted names of modules whose parameters get no gradient."""
@@ -105,7 +112,8 @@ class Segmenter(nn.Module):
     def embed(self, pixels_NCHW: Tensor) -> Tensor:
         """uint8 images [N, C, H, W] of the tower's size to embeddings_NEhw of length 1, float32."""
         wants = self.connector.head.wants_class_token
-        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers, class_token=wants)
+        more = {"class_token": True} if wants else {}
+        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers, **more)
         embeddings_NEhw: Tensor = self.connector(features)
         return embeddings_NEhw
 
@@ -125,12 +133,17 @@ class Segmenter(nn.Module):
 
     def forward(self, batch: MaskBatch) -> tuple[Tensor, Tensor]:
         """Sum of the valid pixels' cross-entropies (float32 scalar), and each one's own [V], detached."""
+        self.connector.count(bool(batch.learned))
         embeddings_NEhw = self.embed(batch.pixels_NCHW)
         labels_LE, places = self._labels_of(batch, embeddings_NEhw)
         temperature = self.connector.temperature(embeddings_NEhw)
-        block, losses = self.connector.regularisation, []
+        # Called once a batch, so that ranks with other numbers of images call it equally often.
+        block = None if self.connector.regularisation is None else self.connector.regularisation.blocks()
+        losses = []
         for image_Ehw, mask_HW, own_L in zip(embeddings_NEhw, batch.masks_NHW, places, strict=True):
-            losses.append(dense_cross_entropy(image_Ehw, labels_LE[own_L], mask_HW, temperature, block))
+            losses.append(
+                dense_cross_entropy(image_Ehw, labels_LE[own_L], mask_HW.long(), temperature, block)
+            )
         losses_V = torch.cat(losses)
         # Where no pixel is valid there is still a way back through every part: ZeRO waits for it.
         total = losses_V.sum() + (embeddings_NEhw.sum() + labels_LE.sum() + temperature) * 0.0

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vlm_adapt import dist, weights
+from vlm_adapt import dist
 from vlm_adapt.config import schema
 from vlm_adapt.config.schema import Adapt, Data, Source
 from vlm_adapt.data.mask_batch import MaskBatch, collate_masks
@@ -25,9 +25,8 @@ from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.build import vision_tower
 from vlm_adapt.models.fingerprint import marks, own_marks
 from vlm_adapt.models.segmenter import Segmenter, SegmenterHead, Temperature
+from vlm_adapt.models.texts import text_encoder
 from vlm_adapt.quiet import quiet
-from vlm_adapt.text import build_text
-from vlm_adapt.text.encoder import TextEncoder
 from vlm_adapt.text.labels import LabelEmbeddings
 
 
@@ -105,7 +104,7 @@ def build(
                 tower.widths(layers),
                 tower.grids(layers),
                 encoder.width,
-                tower.has_class_token,
+                getattr(tower, "has_class_token", False),
                 **config.head.options,
             ),
             _regularisation(config.head),
@@ -126,19 +125,6 @@ def build(
         "language": marks(encoder, config.text.model, config.text.weights),
     }
     return AssembledSegmenter(model=model, config=config, dtype=dtype, base=base)
-
-
-def text_encoder(config: schema.TextEncoder, dtype: torch.dtype, empty: bool = False) -> TextEncoder:
-    """The text encoder alone, in evaluation mode."""
-    model, named, local = config.model, "random:" if empty else config.weights, None
-    if model.startswith("package:"):
-        folder = weights.resolve(model)
-        assert folder is not None
-        model = str(folder)
-    if named.startswith(("package:", "file:")):
-        local = weights.resolve(named)
-    with torch.device("meta") if empty else nullcontext():
-        return build_text(model, named, dtype, local, config.options).eval()
 
 
 def _regularisation(head: schema.Head) -> Regularisation | None:
