@@ -56,9 +56,14 @@ def segment(
     name_with: Annotated[
         Path | None, typer.Option(metavar="CHECKPOINT", help="A segmenter that names masks by --labels.")
     ] = None,
+    grid: Annotated[int, typer.Option(help="Points a side, for --everything.")] = 32,
+    crops: Annotated[int, typer.Option(help="Further rounds on 4, 16, ... parts, for --everything.")] = 0,
+    min_area: Annotated[int, typer.Option(help="Pixels of the smallest mask, for --everything.")] = 0,
 ) -> int:
     """Find what the words, points or boxes mean in images; write masks and pictures."""
-    folder = checkpoint_folder(checkpoint)
+    from vlm_adapt.segment.opened import locate
+
+    folder = locate(checkpoint)
     if not image:
         raise UserError("segment needs to know what to look at: give --image FILE")
     from vlm_adapt.segment.ask import Ask
@@ -77,6 +82,9 @@ def segment(
         flip=flip,
         base_size=base_size,
         scores=scores,
+        grid=grid,
+        crops=crops,
+        min_area=min_area,
     )
     if output.exists() and not output.is_dir():
         raise UserError(f"--output '{output}' is a file: name a folder")

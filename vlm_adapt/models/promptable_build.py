@@ -31,17 +31,6 @@ from vlm_adapt.quiet import quiet
 from vlm_adapt.text.labels import LabelEmbeddings
 from vlm_adapt.vision.tower import Tower
 
-MOBILE_SAM = {  # what `package:mobile-sam` stands for where a checkpoint is asked for
-    "kind": "promptable",
-    "vision": {
-        "model": "timm:tiny_vit_5m_224",
-        "weights": "package:mobile-sam-tinyvit",
-        "image_size": 1024,
-        "options": {"last_stride": 1},
-    },
-    "decoder": {"weights": "package:mobile-sam-tinyvit"},
-}
-
 
 @dataclass(kw_only=True)
 class AssembledPromptable(AssembledModel):

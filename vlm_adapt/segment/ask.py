@@ -19,6 +19,7 @@ class Ask:
         mask: a mask file as a prompt.
         everything: all masks that there are.
         name_with: a segmenter's checkpoint that names masks by the labels.
+        grid, crops, min_area: of `everything`: points a side, layers of crops, pixels of the smallest mask.
         window, scales, flip, base_size: see models.dense_inference.
         scores: also the chances of every label in every pixel.
     """
@@ -29,6 +30,9 @@ class Ask:
     mask: Path | None = None
     everything: bool = False
     name_with: Path | None = None
+    grid: int = 32
+    crops: int = 0
+    min_area: int = 0
     window: str = "sliding"
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False

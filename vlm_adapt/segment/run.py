@@ -20,7 +20,6 @@ from vlm_adapt import dist
 from vlm_adapt.data.images import MAX_PIXELS, decode
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.errors import UserError
-from vlm_adapt.models.restore import find_checkpoint, read_checkpoint, restore_any
 from vlm_adapt.report.colours import colours
 from vlm_adapt.report.regions import overlay
 from vlm_adapt.report.segmentation import write_file, write_png
@@ -28,6 +27,7 @@ from vlm_adapt.segment.animation import animated, read_frames
 from vlm_adapt.segment.ask import Ask
 from vlm_adapt.segment.inputs import Input, read
 from vlm_adapt.segment.kinds import KINDS
+from vlm_adapt.segment.opened import config_of, load, locate
 from vlm_adapt.segment.output import Film, folder_for, mask_png, scores_file
 from vlm_adapt.segment.result import Segmentation
 from vlm_adapt.segment.video import probe, program, read_video, write_video
@@ -56,27 +56,27 @@ class Finder:
     """A checkpoint's model, asked for masks.
 
     Args:
-        checkpoint: a checkpoint folder or a run's output folder.
+        checkpoint: a checkpoint folder, a run's output folder, or an untrained model (see opened.py).
 
     Raises:
         UserError: no checkpoint, a model that finds no masks, or one that cannot be asked this.
     """
 
     def __init__(self, checkpoint: str | Path, ask: Ask):
-        folder = find_checkpoint(checkpoint)
-        run, _ = read_checkpoint(folder)
-        kind = run.model.kind
+        folder = locate(checkpoint)
+        config = config_of(folder)
+        kind = config.kind
         if kind not in KINDS:
             words = "answers in words (ask it with chat)" if kind == "vision_language" else f"is a {kind}"
             raise UserError(
                 f"'{folder}' holds a model that {words}: segment needs one of kind {' or '.join(KINDS)}"
             )
         made = KINDS.load(kind)
-        made.check(ask, run.model)
-        assembled, run, _ = restore_any(folder)
+        made.check(ask, config)
+        assembled, max_pixels = load(folder)
         self.device, self.dtype = dist.device(), assembled.dtype
         assembled.model.to(self.device).eval()
-        self.kind, self.max_pixels = made(assembled, ask), run.data.max_pixels or MAX_PIXELS
+        self.kind, self.max_pixels = made(assembled, ask), max_pixels or MAX_PIXELS
 
     @torch.no_grad()
     def __call__(self, pixels_HWC: np.ndarray) -> Segmentation:
