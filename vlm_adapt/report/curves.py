@@ -19,7 +19,10 @@ from vlm_adapt.report.words import number
 
 CURVES_AT_MOST = 8
 RESUMES_NAMED = 3
-COUNTS = ("samples", "samples_available", "samples_in_shards", "questions", "read", "used", "truncated")
+COUNTS = (
+    *("samples", "samples_available", "samples_in_shards", "questions"),
+    *("read", "used", "truncated", "pixels"),
+)
 GIB = 2**30
 
 

@@ -17,6 +17,7 @@ from vlm_adapt.report.account import Told, told
 from vlm_adapt.report.curves import curves
 from vlm_adapt.report.data import data_section
 from vlm_adapt.report.gallery import gallery
+from vlm_adapt.report.masks import masks
 from vlm_adapt.report.read import RunRecord, read_run
 from vlm_adapt.report.scores import parts, score_text, scores
 from vlm_adapt.report.series import pick, smooth
@@ -53,7 +54,7 @@ def render(record: RunRecord, samples: int = 240, page: Path | None = None) -> s
     account = told(record)
     data = data_section(record, account, page)
     notes = [*record.notes, *notes]
-    above = [_summary(record, account), _notes(notes), scores(record), curves(record)]
+    above = [_summary(record, account), _notes(notes), scores(record), masks(record), curves(record)]
     sections = [*above, data, parts(record), cards]
     title = escape(_name(record))
     return (
@@ -83,11 +84,14 @@ def _tile(title: str, value: str, note: str = "") -> str:
 
 def _summary(record: RunRecord, account: Told | None) -> str:
     start, tiles = record.event("start"), []
-    for name in ("accuracy", "CIDEr", "mIoU"):
+    for name in ("accuracy", "CIDEr", "miou", "pixel_accuracy"):
         value, blind = _look(record.metrics, name), _look(record.metrics, "blind", name)
         if isinstance(value, int | float):
             note = f"{score_text(name, blind)} blind" if isinstance(blind, int | float) else ""
-            tiles.append(_tile(name.capitalize() if name.islower() else name, score_text(name, value), note))
+            title = {"miou": "mIoU"}.get(name, name.replace("_", " "))
+            tiles.append(
+                _tile(title.capitalize() if title.islower() else title, score_text(name, value), note)
+            )
     # Of the last stage: the one before may have minimised something else.
     last_stage = record.steps[-1].get("stage") if record.steps else None
     losses = pick([step for step in record.steps if step.get("stage") == last_stage], "loss")

@@ -26,6 +26,7 @@ class RunRecord:
         events: its other lines (start, resume, evaluate, stop), in order.
         metrics: `metrics.json` or None. predictions: the lines of `predictions.jsonl`.
         predictions_folder: what the images of the predictions are relative to.
+        metrics_folder: where the metrics lie, with the pictures of an evaluation.
         parts: rows of {part, trainable, frozen}. config: the resolved run or None.
         elapsed: seconds of work in the journal, pauses between a stop and a resume left out.
         notes: sentences on what is missing, broken or repeated.
@@ -37,6 +38,7 @@ class RunRecord:
     metrics: dict[str, Any] | None = None
     predictions: list[dict[str, Any]] = field(default_factory=list)
     predictions_folder: Path = Path()
+    metrics_folder: Path | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] | None = None
     elapsed: float = 0.0
@@ -59,6 +61,7 @@ def read_run(folder: Path) -> RunRecord:
     _read_journal(record)
     metrics = _find(folder, "metrics.json")
     record.metrics = _json(record, metrics) if metrics else None
+    record.metrics_folder = metrics.parent if metrics else None
     predictions = _find(folder, "predictions.jsonl")
     if predictions:
         record.predictions_folder = predictions.parent
@@ -69,7 +72,8 @@ def read_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder} holds no journal.jsonl, metrics.json or predictions.jsonl to report on")
     if record.metrics is None:
         record.notes.append("This run has no metrics.json yet: it has not been evaluated.")
-    if metrics and not record.predictions:
+    masks = predictions and record.metrics and {"per_class", "sources"} & set(record.metrics)
+    if metrics and not record.predictions and not masks:
         record.notes.append("There is no predictions.jsonl beside the metrics, so no samples are shown.")
     return record
 

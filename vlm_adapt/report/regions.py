@@ -176,7 +176,7 @@ def beside(image: PILImage.Image, lines: Sequence[Entry]) -> PILImage.Image:
     if image.height > 1.15 * image.width:
         face = font(size)
         wide = max(face.getlength(one.name) + face.getlength(one.note) for one in lines)
-        width = round(min(max(wide + 4.6 * size, 8 * size), 0.8 * image.width))
+        width = round(max(8 * size, min(wide + 4.6 * size, 0.8 * image.width)))
         key = legend(lines, width, size)
         if key.height <= image.height:
             page = PILImage.new("RGB", (image.width + width, image.height), PAPER)

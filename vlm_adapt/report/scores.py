@@ -15,8 +15,11 @@ from vlm_adapt.report.read import RunRecord
 from vlm_adapt.report.words import count, number, share
 
 # Scores from 0 to 1 that are read as percentages; others (CIDEr, loss) are written as they are.
-PERCENT = ("accuracy", "BLEU", "ROUGE", "METEOR", "mIoU")
-COUNTS = ("samples", "samples_available", "samples_in_shards", "questions")  # said in a sentence
+PERCENT = (
+    *("accuracy", "BLEU", "ROUGE", "METEOR", "mIoU", "miou", "pixel_accuracy", "mean_accuracy"),
+    *("frequency_weighted_iou", "harmonic_miou"),
+)
+COUNTS = ("samples", "samples_available", "samples_in_shards", "questions", "pixels")  # said in a sentence
 
 
 def score_text(name: str, value: float) -> str:
