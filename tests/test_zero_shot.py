@@ -245,7 +245,8 @@ def test_the_verb(
     model = segmenter({"aeroplane": 1, "boat": 4})
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    monkeypatch.setattr(room, "restore", lambda path: (flat.assembled(model), None, checkpoint))
+    monkeypatch.setattr(room, "restore_any", lambda path: (flat.assembled(model), None, checkpoint))
+    monkeypatch.setattr(room, "find_checkpoint", lambda path: path)
     run = SimpleNamespace(model=SimpleNamespace(), evaluate=None)
     monkeypatch.setattr(room, "load_run", lambda path, overrides: run)
     monkeypatch.setattr(sys.modules["vlm_adapt.cli.zero_shot"], "checkpoint_folder", lambda path: path)

@@ -20,7 +20,7 @@ from vlm_adapt.evaluate.kinds import EVALUATIONS
 from vlm_adapt.evaluate.progress import Told
 from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.models.assembled import AssembledModel
-from vlm_adapt.models.restore import restore
+from vlm_adapt.models.restore import restore_any
 
 
 def evaluate_checkpoint(
@@ -52,7 +52,7 @@ def score(
     path: str | Path, overrides: Sequence[str] = (), limit: int | None = None
 ) -> tuple[Scores, AssembledModel, Run, Path]:
     """As `evaluate_checkpoint`, and nothing is written: the scores, the model, its run, and its folder."""
-    assembled, _, folder = restore(path)
+    assembled, _, folder = restore_any(path)
     run = load_run(folder / "run.yaml", overrides)
     stage_run = run.stage_runs()[-1][1]
     device = dist.device()

@@ -30,7 +30,8 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.metrics.segment import EpisodeCounts
 from vlm_adapt.models.dense_inference import DenseInference
-from vlm_adapt.models.restore import restore
+from vlm_adapt.models.locate import find_checkpoint
+from vlm_adapt.models.restore import restore_any
 
 OTHER = "others"
 SIDE = 480  # pixels of the square in which published figures are counted
@@ -93,10 +94,11 @@ def zero_shot_checkpoint(
     dist.start()
     episodes = protocol.episodes()
     protocol.check_files(episodes)
-    assembled, _, folder = restore(path)
+    folder = find_checkpoint(path)
     run = load_run(folder / "run.yaml", ())
     if run.model.kind != "segmenter":
         raise UserError(f"zero-shot needs a segmenter, and '{path}' holds a model of kind {run.model.kind}")
+    assembled, _, _ = restore_any(folder)
     device = dist.device()
     assembled.model.to(device).eval()
 
