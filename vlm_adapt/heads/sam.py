@@ -10,6 +10,7 @@ M masks a prompt.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,17 @@ SETTINGS = (
 )
 
 
+def float32_kept(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What moves tensors to another device (`.to`, `.cuda`), without what would round them on the way."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        found = change(tensor)
+        narrow = tensor.dtype == torch.float32 and found.is_floating_point() and found.dtype != tensor.dtype
+        return tensor.to(found.device) if narrow else found
+
+    return moved
+
+
 class ExactPositions(nn.Module):
     """SAM's random Fourier features of places: fixed, and in float32 whatever the computation is in.
 
@@ -43,9 +55,8 @@ class ExactPositions(nn.Module):
         made.register_buffer("positional_embedding", matrix_2F)
         self.made = made
 
-    def _apply(self, fn: Any, recurse: bool = True) -> ExactPositions:
-        super()._apply(fn, recurse)
-        self.made.positional_embedding = self.made.positional_embedding.float()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactPositions:
+        super()._apply(float32_kept(fn), recurse)
         return self
 
     def forward(self, places: Tensor, input_shape: tuple[int, int] | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from vlm_adapt.data.long_side import Frame, fit_long_side, fit_mask
 from vlm_adapt.errors import UserError
-from vlm_adapt.heads.sam import SamDecoder
+from vlm_adapt.heads.sam import SamDecoder, float32_kept
 from vlm_adapt.heads.sam_neck import SamNeck
 from vlm_adapt.heads.sam_words import WordPrompt
 from vlm_adapt.image_spec import ImageSpec
@@ -66,9 +66,7 @@ class PromptConnector(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PromptConnector:
         """As usual, but always float32: it is small, and places on the image need the bits."""
-        super()._apply(fn, recurse)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.float()
+        super()._apply(float32_kept(fn), recurse)
         return self
 
 
