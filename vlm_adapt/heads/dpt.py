@@ -22,6 +22,7 @@ from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 from vlm_adapt.heads.batch_norm import SharedBatchNorm
 from vlm_adapt.heads.dense_head import DenseHead
+from vlm_adapt.heads.projection import PixelProjection
 
 DEPTHS = 4
 READOUTS = ("project", "add", "ignore")
@@ -29,7 +30,7 @@ NORMS = ("batch", "none")
 
 
 class DptHead(DenseHead):
-    """Four depths, each brought to its scale, fused from the deepest up to a map of about half the image's size.
+    """Four depths, each brought to its scale, fused from the deepest up; the map is half the image or so.
 
     Depths of equal widths and grids (a plain ViT) pass the neck's own reassembling, by 4, 2, 1 and 1/2; of a
     hierarchical tower they come as they are, and only one that breaks the row of halves (a last stage
@@ -93,7 +94,7 @@ class DptHead(DenseHead):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(module, name, SharedBatchNorm(channels))
-        self.out = nn.Conv2d(channels, embedding_size, 1)
+        self.out = PixelProjection(channels, embedding_size)
         self.grid = tuple(16 * _resized(side, self.factors[-1]) for side in self.grids[-1])  # type: ignore[assignment]
 
     @property
@@ -101,7 +102,7 @@ class DptHead(DenseHead):
         """Whether its depths have equal widths and grids."""
         return self.neck.reassemble_stage is not None
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
+    def forward(self, features: Sequence[Tensor], compact: bool = False) -> Any:
         """As in DenseHead."""
         self._check_features(features)
         if not torch.is_autocast_enabled(features[0].device.type):
@@ -119,7 +120,12 @@ class DptHead(DenseHead):
             for depth, layer in self.resize.items():
                 maps[int(depth)] = layer(maps[int(depth)])
             fused = self.neck(maps)
-        return self.out(fused[-1])
+        return self.out(fused[-1], compact)
+
+    def basis(self) -> Tensor:
+        """As in DenseHead."""
+        basis_EB: Tensor = self.out(None)
+        return basis_EB
 
     def _check_features(self, features: Sequence[Tensor]) -> None:
         more = 1 if self.wants_class_token else 0

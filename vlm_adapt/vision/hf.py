@@ -19,7 +19,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.hf_load import image_spec_of, load_model
 from vlm_adapt.vision.loading import Source
-from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms
+from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms, taken
 
 Grid = tuple[int, int]
 Embedded = tuple[Tensor, dict[str, Any]]
@@ -104,6 +104,7 @@ class HFTower(Tower):
         self.family = family
         self.final_norm = family.normed if final_norm is None else final_norm
         self.checkpointing = False
+        self.has_class_token = _class_token(model)
         # What no feature passes through would never get a gradient.
         for name in ("head", "pooler", *(() if self.final_norm else (family.norm,))):
             if isinstance(getattr(model, name, None), nn.Module):
@@ -111,9 +112,8 @@ class HFTower(Tower):
         if isinstance(getattr(model.embeddings, "mask_token", None), nn.Parameter):
             model.embeddings.mask_token = None  # for masked pretraining only
 
-    def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    def _features(self, pixels_NCHW: Tensor, layers: list[int], class_token: bool) -> dict[int, Tensor]:
         hidden_NTD, arguments = self.family.embed(self.model, pixels_NCHW, self.grid)
-        # Patches come last, after class and register tokens and whatever else a block was given.
         patches = self.grid[0] * self.grid[1]
         found: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks[: layers[-1] + 1]):
@@ -123,7 +123,7 @@ class HFTower(Tower):
                 output = block(hidden_NTD, **arguments)
             hidden_NTD = output[0] if isinstance(output, tuple) else output
             if index in layers:
-                found[index] = hidden_NTD[:, hidden_NTD.shape[1] - patches :]
+                found[index] = taken(hidden_NTD, patches, class_token)
         if self.final_norm and self.depth - 1 in found:
             found[self.depth - 1] = self.model.get_submodule(self.family.norm)(found[self.depth - 1])
         return found
@@ -159,8 +159,13 @@ class WholeModelTower(Tower):
         super().__init__(image_spec, widths, grids, [f"model.{name}" for name in names], range(len(names)))
         self.model: Any = model
         self.final_norm = final_norm
+        tokens = all(
+            features.ndim == 3 and features.shape[1] > rows * columns
+            for features, (rows, columns) in zip(maps, grids, strict=True)
+        )
+        self.has_class_token = tokens and _class_token(model)
 
-    def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    def _features(self, pixels_NCHW: Tensor, layers: list[int], class_token: bool) -> dict[int, Tensor]:
         maps = _hidden_states(self.model, pixels_NCHW, self.final_norm)
         found = {}
         for layer in layers:
@@ -169,7 +174,7 @@ class WholeModelTower(Tower):
                 found[layer] = features.flatten(2).transpose(1, 2)
             else:
                 rows, columns = self._grids[layer]
-                found[layer] = features[:, features.shape[1] - rows * columns :]
+                found[layer] = taken(features, rows * columns, class_token)
         return found
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -184,6 +189,13 @@ class WholeModelTower(Tower):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             self.model.gradient_checkpointing_disable()
+
+
+def _class_token(model: Any) -> bool:
+    embeddings = getattr(model, "embeddings", None)
+    return any(
+        isinstance(getattr(embeddings, name, None), nn.Parameter) for name in ("cls_token", "class_embedding")
+    )
 
 
 def _hidden_states(model: Any, pixels_NCHW: Tensor, final_norm: bool | None) -> list[Tensor]:
@@ -209,7 +221,9 @@ def _grid_of(shape: torch.Size, image_spec: ImageSpec, model: Any) -> tuple[int,
     return side, side
 
 
-def build(name: str, source: Source, image_size: int | None, final_norm: bool | None = None) -> Tower:
+def build(
+    name: str, source: Source, image_size: int | tuple[int, int] | None, final_norm: bool | None = None
+) -> Tower:
     """A tower by hub name or local folder; of a model with several sides only the vision side is loaded."""
     model, notes = load_model(name, source)
     spec = image_spec_of(name, model.config, offline=source.kind != "hub")

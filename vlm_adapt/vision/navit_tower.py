@@ -60,15 +60,22 @@ class NativeTower(Tower):
         values = pixels_TV.float().unflatten(1, (-1, channels))
         return ((values - mean) / std).flatten(1).to(self.dtype)
 
-    def forward(self, images: Packed, layers: Sequence[int] | None = None) -> list[Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, images: Packed, layers: Sequence[int] | None = None, class_token: bool = False
+    ) -> list[Tensor]:
         """Features of each requested layer, patches only, in the order of the images.
 
         Args:
             images: normalised patches.
             layers: as in Tower.
+            class_token: not to be had here, where images have grids of their own.
         Returns:
             features_TD, one for each requested layer; [I, D] of a tower that pools.
         """
+        if class_token:
+            raise UserError(
+                "a tower of native image sizes gives patches only: leave vision.options.native out"
+            )
         wanted = self.resolve(layers)
         native = self.image_spec.native
         assert native is not None

@@ -22,7 +22,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
 from vlm_adapt.vision.timm import TimmTower
-from vlm_adapt.vision.tower import Tower, check_image_size
+from vlm_adapt.vision.tower import Tower, check_image_size, taken
 
 RESIZE = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 
@@ -53,15 +53,25 @@ class OpenClipTower(Tower):
         if not self.final_norm:
             visual.ln_post = nn.Identity()
         self.visual: Any = visual
+        self.has_class_token = True
 
-    def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    def _features(self, pixels_NCHW: Tensor, layers: list[int], class_token: bool) -> dict[int, Tensor]:
         output = self.visual.forward_intermediates(
-            pixels_NCHW, indices=layers, stop_early=True, intermediates_only=True, output_fmt="NLC"
+            pixels_NCHW,
+            indices=layers,
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NLC",
+            output_extra_tokens=class_token,
         )
-        patches = self.grid[0] * self.grid[1]  # the last tokens, whatever a block was given before them
+        tokens = output["image_intermediates"]
+        if class_token:
+            before = output["image_intermediates_prefix"]
+            tokens = [torch.cat(parts, dim=1) for parts in zip(before, tokens, strict=True)]
+        patches = self.grid[0] * self.grid[1]
         found = {
-            layer: tokens_NTD[:, tokens_NTD.shape[1] - patches :]
-            for layer, tokens_NTD in zip(layers, output["image_intermediates"], strict=True)
+            layer: taken(tokens_NTD, patches, class_token)
+            for layer, tokens_NTD in zip(layers, tokens, strict=True)
         }
         if self.final_norm and self.depth - 1 in found:
             found[self.depth - 1] = self.visual.ln_post(found[self.depth - 1])

@@ -6,6 +6,7 @@ a hierarchical encoder (TinyViT, Swin, ConvNeXt, EfficientNet).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
 from vlm_adapt.vision.strides import set_last_stride
-from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms
+from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms, taken
 from vlm_adapt.vision.windows import fit_windows as fit_windows_of
 
 # Modules that no intermediate feature passes through.
@@ -72,6 +73,7 @@ class TimmTower(Tower):
         self.trunk: Any = trunk
         self.plain, self.final_norm = plain, final_norm
         self.tokens = plain and _gives_tokens(trunk, pixels_NCHW)
+        self.has_class_token = self.tokens and _gives_class_token(trunk)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> TimmTower:
@@ -87,7 +89,7 @@ class TimmTower(Tower):
                 module.training = True
         return self
 
-    def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
+    def _features(self, pixels_NCHW: Tensor, layers: list[int], class_token: bool) -> dict[int, Tensor]:
         maps = self.trunk.forward_intermediates(
             pixels_NCHW,
             indices=layers,
@@ -96,12 +98,15 @@ class TimmTower(Tower):
             stop_early=True,
             intermediates_only=True,
             **({"output_fmt": "NLC"} if self.tokens else {}),
+            **({"return_prefix_tokens": True} if class_token else {}),
         )
+        if class_token:
+            maps = [torch.cat([before, tokens_NTD], dim=1) for tokens_NTD, before in maps]
         if self.tokens:
-            # The last tokens: timm counts class and registers off, not what a block was given besides.
+            # timm counts class and registers off, not what a block was given besides.
             patches = self.grid[0] * self.grid[1]
             found = {
-                layer: tokens_NTD[:, tokens_NTD.shape[1] - patches :]
+                layer: taken(tokens_NTD, patches, class_token)
                 for layer, tokens_NTD in zip(layers, maps, strict=True)
             }
         else:
@@ -146,6 +151,11 @@ def _gives_tokens(trunk: Any, pixels_NCHW: Tensor) -> bool:
     except AssertionError:
         return False
     return tokens_NTD.ndim == 3
+
+
+def _gives_class_token(trunk: Any) -> bool:
+    offered = inspect.signature(trunk.forward_intermediates).parameters
+    return isinstance(getattr(trunk, "cls_token", None), nn.Parameter) and "return_prefix_tokens" in offered
 
 
 def take_off_head(trunk: Any, depth: int, keep_norm: bool = True) -> None:

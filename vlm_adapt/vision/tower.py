@@ -31,6 +31,7 @@ class Tower(nn.Module):
         block_layers: for each block the layer that it feeds.
         notes: what a user should know of how this tower was made (weights left out, for example).
         ladder: a side network that keeps activations in the tower's stead; None for none.
+        has_class_token: whether features can be had with the class token before the patches.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Tower(nn.Module):
         self.block_names, self.block_layers = list(block_names), list(block_layers)
         self.notes: list[str] = []
         self.ladder: nn.Module | None = None
+        self.has_class_token = False
         self._statistics: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     # What there is -------------------------------------------------------------------------------
@@ -127,16 +129,19 @@ class Tower(nn.Module):
         pixels_NCHW = pixels_NCHW.to(torch.float32, memory_format=torch.contiguous_format)
         return ((pixels_NCHW - mean) / std).to(self.dtype)
 
-    def forward(self, pixels_NCHW: Tensor, layers: Sequence[int] | None = None) -> list[Tensor]:
-        """Features of each requested layer, patches only (no class or register tokens).
+    def forward(
+        self, pixels_NCHW: Tensor, layers: Sequence[int] | None = None, class_token: bool = False
+    ) -> list[Tensor]:
+        """Features of each requested layer: patches, without register tokens, and without the class token.
 
         Args:
             pixels_NCHW: normalised float pixels of the size of `image_spec`.
             layers: depths, in the order wanted; negative ones count from the end. Default: the last.
+            class_token: hand it out too, before the patches: [N, 1 + P, D].
         Returns:
             features_NPD, one for each requested layer. Blocks after the deepest are not run.
         Raises:
-            UserError: images of another size, or a layer that does not exist.
+            UserError: images of another size, a layer that does not exist, or no class token.
         """
         wanted = self.resolve(layers)
         if tuple(pixels_NCHW.shape[-2:]) != self.image_spec.size:
@@ -144,11 +149,13 @@ class Tower(nn.Module):
                 f"the tower was built for images of {self.image_spec.size} pixels and got "
                 f"{tuple(pixels_NCHW.shape[-2:])}: build it with that image_size, or resize the images"
             )
-        found = self._features(pixels_NCHW, sorted(set(wanted)))
+        if class_token and not self.has_class_token:
+            raise UserError(f"{type(self).__name__} holds an encoder without a class token: do without")
+        found = self._features(pixels_NCHW, sorted(set(wanted)), class_token)
         return [found[layer] for layer in wanted]
 
-    def _features(self, pixels_NCHW: Tensor, layers: list[int]) -> dict[int, Tensor]:
-        """features_NPD by layer, for ascending, distinct layer numbers from 0."""
+    def _features(self, pixels_NCHW: Tensor, layers: list[int], class_token: bool) -> dict[int, Tensor]:
+        """features_NPD by layer, or [N, 1 + P, D], for ascending, distinct layer numbers from 0."""
         raise TypeError(f"{type(self).__name__} does not say how to compute features")
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -213,6 +220,19 @@ def silence(tower: Tower) -> None:
         tower.notes.append(
             f"dropout and stochastic depth were switched off in {silenced} places of the tower"
         )
+
+
+def taken(tokens_NTD: Tensor, patches: int, class_token: bool) -> Tensor:
+    """Of a block's tokens the patches, which are the last, and before them the class token, the first.
+
+    Between them stand registers and what a block was given besides (learned prompts).
+    """
+    tokens = tokens_NTD.shape[1]
+    if not class_token:
+        return tokens_NTD[:, tokens - patches :]
+    if tokens == 1 + patches:
+        return tokens_NTD
+    return torch.cat([tokens_NTD[:, :1], tokens_NTD[:, tokens - patches :]], dim=1)
 
 
 def check_image_size(size: tuple[int, int], patch: tuple[int, int], model: str) -> None:
