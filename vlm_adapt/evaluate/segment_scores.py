@@ -21,6 +21,7 @@ from vlm_adapt.evaluate.scores import Scores
 from vlm_adapt.metrics.segment import NamedConfusion, harmonic_mean, mean
 
 MEANS = ("miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou")
+CELLS = ("IoU %", "accuracy %", "pixels %")
 SPLIT = ("miou_seen", "miou_unseen", "harmonic_miou")
 
 
@@ -44,7 +45,9 @@ class SegmentScores(Scores):
         for name, confusion in self.confusions.items():
             figures = self.metrics["sources"][name] if "sources" in self.metrics else self.metrics
             head = [name] if len(self.confusions) > 1 else []
-            blocks.append("\n".join([*head, plain_table(_rows(confusion, figures, self.unseen))]))
+            blocks.append(
+                "\n".join([*head, plain_table(_rows(confusion, figures, self.unseen), right=CELLS)])
+            )
             if figures["absent"]:
                 absent = ", ".join(_shown(label) for label in figures["absent"])
                 blocks.append(f"neither true nor predicted, and left out of the means: {absent}")
@@ -166,10 +169,9 @@ def _rows(
 
 
 def _row(name: str, iou: float | None, accuracy: float | None, share: float | None) -> dict[str, Any]:
-    cells = {"IoU %": iou, "accuracy %": accuracy, "pixels %": share}
+    cells = zip(CELLS, (iou, accuracy, share), strict=True)
     return {"class": name} | {
-        key: "" if value is None or math.isnan(value) else f"{100 * value:.1f}".rjust(len(key))
-        for key, value in cells.items()
+        key: "" if value is None or math.isnan(value) else f"{100 * value:.1f}" for key, value in cells
     }
 
 

@@ -62,7 +62,7 @@ class ZeroShot:
         total = int(self.counts.episodes_C.sum())
         rows.append({"class": "mIoU", "IoU %": _percent(self.counts.miou()), "episodes": total})
         rows.append({"class": "FB-IoU", "IoU %": _percent(self.counts.fb_iou()), "episodes": total})
-        return plain_table(rows)
+        return plain_table(rows, right=("IoU %",))
 
 
 @contextmanager

@@ -54,10 +54,17 @@ def markdown_table(
 
 
 def plain_table(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str] | None = None
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | Mapping[str, str] | None = None,
+    right: Sequence[str] = (),
 ) -> str:
-    """The same for a terminal of fixed-width letters: headings, a rule, aligned columns."""
+    """The same for a terminal of fixed-width letters: headings, a rule, aligned columns.
+
+    Args:
+        right: headings of columns of ready text that go to the right.
+    """
     titles, text, numeric = _cells(rows, columns)
+    numeric = [one or title in right for one, title in zip(numeric, titles, strict=True)]
     text = [[" ".join(cell.split()) for cell in line] for line in text]
     widths = [max([_width(title), *(_width(line[i]) for line in text)]) for i, title in enumerate(titles)]
 
