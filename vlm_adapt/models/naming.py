@@ -59,7 +59,7 @@ def scores_by_segmenter(
     spec = replace(segmenter.image_spec, resize="squash")
     device = next(segmenter.connector.parameters()).device
     pixels_1CHW = torch.from_numpy(np.ascontiguousarray(resize(pixels_HWC, spec)))[None].to(device)
-    embeddings_1Ehw = segmenter.embed(pixels_1CHW).float()
+    embeddings_1Ehw = segmenter.unit_embeddings(pixels_1CHW)
     size = (embeddings_1Ehw.shape[2], embeddings_1Ehw.shape[3])
     shares_PK = _shares(masks, size, device)
     means_PE = functional.normalize(shares_PK @ embeddings_1Ehw[0].flatten(1).T, dim=-1)

@@ -4,7 +4,8 @@ LSeg (Li et al. 2022, arXiv 2201.03546): every pixel has an embedding and so has
 pixel is the one at the smallest angle. Knows the order of the road; knows nothing about files, adaptation
 methods, windows or engines.
 
-    N images of H x W pixels, h x w places of the head's map, E channels of an embedding, L labels
+    N images of H x W pixels, h x w places of the head's map, E channels of an embedding, B of what stands for
+    it (heads/projection.py), L labels
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vlm_adapt.data.mask_batch import MaskBatch
 from vlm_adapt.heads.batch_norm import SharedBatchNorm
@@ -54,9 +54,10 @@ class SegmenterHead(nn.Module):
         super().__init__()
         self.head, self.regularisation, self.temperature = head, regularisation, temperature
 
-    def forward(self, features: list[Tensor]) -> Tensor:
-        """A tower's features to embeddings_NEhw of length 1, float32."""
-        return functional.normalize(self.head(features).float(), dim=1)
+    def forward(self, features: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """A tower's features to (pixels_NBhw, basis_EB), float32: cosines are their product with labels."""
+        found: tuple[Tensor, Tensor] = self.head(features, compact=True)
+        return found
 
     def count(self, counted: bool) -> None:
         """Whether the images to come are any, or one that stands in: it has no part in shared statistics."""
@@ -110,43 +111,58 @@ class Segmenter(nn.Module):
         self.language = self.labels.encoder
 
     def embed(self, pixels_NCHW: Tensor) -> Tensor:
-        """uint8 images [N, C, H, W] of the tower's size to embeddings_NEhw of length 1, float32."""
-        wants = self.connector.head.wants_class_token
-        more = {"class_token": True} if wants else {}
-        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers, **more)
-        embeddings_NEhw: Tensor = self.connector(features)
-        return embeddings_NEhw
+        """uint8 images of the tower's size to what `label_logits` reads, pixels_NBhw, float32."""
+        return self._seen(pixels_NCHW)[0]
 
-    def label_logits(self, embeddings_NEhw: Tensor, names: Sequence[str], size: tuple[int, int]) -> Tensor:
+    def unit_embeddings(self, pixels_NCHW: Tensor) -> Tensor:
+        """uint8 images [N, C, H, W] of the tower's size to embeddings_NEhw of length 1, float32."""
+        pixels_NBhw, basis_EB = self._seen(pixels_NCHW)
+        return torch.einsum("nbhw,eb->nehw", pixels_NBhw, basis_EB)
+
+    def _seen(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        more = {"class_token": True} if self.connector.head.wants_class_token else {}
+        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers, **more)
+        seen: tuple[Tensor, Tensor] = self.connector(features)
+        return seen
+
+    def label_logits(self, pixels_NBhw: Tensor, names: Sequence[str], size: tuple[int, int]) -> Tensor:
         """logits_NLHW at `size` (height, width); memory for all of them."""
-        labels_LE = self.labels(names).to(embeddings_NEhw)
-        temperature = self.connector.temperature(embeddings_NEhw)
-        return dense_logits(embeddings_NEhw, labels_LE, temperature, size, self.connector.regularisation)
+        labels_LB, temperature = self._asked(pixels_NBhw, names)
+        with torch.autocast(pixels_NBhw.device.type, enabled=False):
+            return dense_logits(pixels_NBhw, labels_LB, temperature, size, self.connector.regularisation)
 
     def classes(
-        self, embeddings_NEhw: Tensor, names: Sequence[str], size: tuple[int, int]
+        self, pixels_NBhw: Tensor, names: Sequence[str], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """(classes_NHW, scores_NHW) at `size`, in bounded memory for any number of labels."""
-        labels_LE = self.labels(names).to(embeddings_NEhw)
-        temperature = self.connector.temperature(embeddings_NEhw)
-        return dense_argmax(embeddings_NEhw, labels_LE, temperature, size, self.connector.regularisation)
+        labels_LB, temperature = self._asked(pixels_NBhw, names)
+        with torch.autocast(pixels_NBhw.device.type, enabled=False):
+            return dense_argmax(pixels_NBhw, labels_LB, temperature, size, self.connector.regularisation)
+
+    def _asked(self, pixels_NBhw: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        basis_EB = self.connector.head.basis().to(pixels_NBhw)
+        with torch.autocast(pixels_NBhw.device.type, enabled=False):
+            labels_LB = self.labels(names).to(pixels_NBhw) @ basis_EB
+        return labels_LB, self.connector.temperature(pixels_NBhw)
 
     def forward(self, batch: MaskBatch) -> tuple[Tensor, Tensor]:
         """Sum of the valid pixels' cross-entropies (float32 scalar), and each one's own [V], detached."""
         self.connector.count(bool(batch.learned))
-        embeddings_NEhw = self.embed(batch.pixels_NCHW)
-        labels_LE, places = self._labels_of(batch, embeddings_NEhw)
-        temperature = self.connector.temperature(embeddings_NEhw)
+        pixels_NBhw, basis_EB = self._seen(batch.pixels_NCHW)
+        labels_LE, places = self._labels_of(batch, pixels_NBhw)
+        temperature = self.connector.temperature(pixels_NBhw)
         # Called once a batch, so that ranks with other numbers of images call it equally often.
         block = None if self.connector.regularisation is None else self.connector.regularisation.blocks()
         losses = []
-        for image_Ehw, mask_HW, own_L in zip(embeddings_NEhw, batch.masks_NHW, places, strict=True):
-            losses.append(
-                dense_cross_entropy(image_Ehw, labels_LE[own_L], mask_HW.long(), temperature, block)
-            )
+        # Few channels are left, of numbers that cancel: float32, whatever the towers compute in.
+        with torch.autocast(pixels_NBhw.device.type, enabled=False):
+            labels_LB = labels_LE @ basis_EB
+            for image_Bhw, mask_HW, own_L in zip(pixels_NBhw, batch.masks_NHW, places, strict=True):
+                own_LB = labels_LB[own_L]
+                losses.append(dense_cross_entropy(image_Bhw, own_LB, mask_HW.long(), temperature, block))
         losses_V = torch.cat(losses)
         # Where no pixel is valid there is still a way back through every part: ZeRO waits for it.
-        total = losses_V.sum() + (embeddings_NEhw.sum() + labels_LE.sum() + temperature) * 0.0
+        total = losses_V.sum() + (pixels_NBhw.sum() + labels_LB.sum() + temperature) * 0.0
         for penalty in self.penalties:
             value = penalty()
             total = total if value is None else total + value * len(losses_V)
