@@ -82,7 +82,7 @@ class Inserted(nn.Module):
 class Adapters(Method):
     """What adapters of all papers have in common. A subclass says in `insert` which modules go where.
 
-    Args:
+    Args (what is left out is the paper's, a constant of the class):
         bottleneck: width b inside.
         activation: gelu, gelu_tanh, identity, relu, silu or tanh.
         scale: the modules' output is multiplied by it.
@@ -94,16 +94,22 @@ class Adapters(Method):
     """
 
     needs: tuple[str, ...] = ("mlp_end",)
+    bottleneck: int = 64
+    activation: str = "relu"
+    scale: float = 1.0
 
     def __init__(
         self,
-        bottleneck: int,
-        activation: str,
-        scale: float = 1.0,
+        bottleneck: int | None = None,
+        activation: str | None = None,
+        scale: float | None = None,
         dropout: float = 0.0,
         layer_norms: bool = False,
     ):
         super().__init__()
+        bottleneck = self.bottleneck if bottleneck is None else bottleneck
+        activation = self.activation if activation is None else activation
+        scale = self.scale if scale is None else scale
         if not isinstance(bottleneck, int) or isinstance(bottleneck, bool) or bottleneck < 1:
             raise UserError(f"adapt: {self.name}'s bottleneck is a whole number from 1, not {bottleneck!r}")
         if activation not in ACTIVATIONS:

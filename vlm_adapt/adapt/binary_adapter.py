@@ -8,46 +8,16 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vlm_adapt.adapt.adapters import ACTIVATIONS, Adapters, Inserted
-from vlm_adapt.adapt.anatomy import Anatomy
+from vlm_adapt.adapt.bottleneck import AdaptFormer
 from vlm_adapt.adapt.one_bit import OneBitFiles, OneBitLinear
 
 
-class OneBitBottleneck(Inserted):
-    """scale * Up(relu(Down x)), both of one bit and without bias.
-
-    Down starts as torch's Linear, Up normal with deviation 0.001, cut off at 0.002, as in the paper's code:
-    one bit cannot say 0, so the start is near the identity and not at it.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        bottleneck: int,
-        activation: str,
-        scale: float,
-        dropout: float,
-        channels_first: bool,
-        device: torch.device,
-    ):
-        super().__init__(channels_first)
-        self.down = OneBitLinear(width, bottleneck, device)
-        self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
-        self.up = OneBitLinear(bottleneck, width, device)
-        self.scale = scale
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        nn.init.trunc_normal_(self.up.weight, std=0.001, a=-0.002, b=0.002)
-
-    def forward(self, x_D: Tensor) -> Tensor:
-        """[..., D] to what is added, [..., D]."""
-        return self.up(self.dropout(self.activation(self.down(x_D)))) * self.scale
-
-
-class BinaryAdapter(Adapters, OneBitFiles):
+class BinaryAdapter(AdaptFormer, OneBitFiles):
     """MLP(LN2 x) + scale Up(relu(Down x)) as AdaptFormer, x the stream before LN2, with one-bit weights.
 
+    Without biases. One bit cannot say 0, so the start is near the identity and not at it.
     2 (d b / 8 + 8) bytes a block: 73,920 for a ViT-B with b = 32. The floats behind the bits are written
     only beside a checkpoint, to go on training.
 
@@ -60,25 +30,22 @@ class BinaryAdapter(Adapters, OneBitFiles):
     sides = ("vision", "connector", "language")
     identity = False
     example = {"bottleneck": 4}  # noqa: RUF012
-    needs = ("mlp_end",)
+    bottleneck = 32
+    scale = 1.0
 
     def __init__(
-        self, bottleneck: int = 32, activation: str = "relu", scale: float = 1.0, dropout: float = 0.0
+        self,
+        bottleneck: int | None = None,
+        activation: str | None = None,
+        scale: float | None = None,
+        dropout: float = 0.0,
     ):
-        super().__init__(bottleneck, activation, scale, dropout)
+        super().__init__(bottleneck, activation, scale, dropout)  # norms have no one-bit form
 
-    def insert(self, found: Anatomy, device: torch.device) -> dict[str, nn.Module]:
-        """Beside the norm and the feed-forward."""
-        mlp = OneBitBottleneck(
-            found.width,
-            self.bottleneck,
-            self.activation,
-            self.scale,
-            self.dropout,
-            found.channels_first,
-            device,
-        )
-        start = found.mlp_norm or found.mlp_start
-        assert start is not None and found.mlp_end is not None
-        mlp.accompany(start, found.mlp_end)
-        return {"mlp": mlp}
+    def layers(self, width: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        """Down as torch's Linear, Up normal with deviation 0.001, cut off at 0.002, as the paper's code."""
+        down = OneBitLinear(width, self.bottleneck, device)
+        up = OneBitLinear(self.bottleneck, width, device)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        nn.init.trunc_normal_(up.weight, std=0.001, a=-0.002, b=0.002)
+        return down, up

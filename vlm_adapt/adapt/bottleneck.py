@@ -1,8 +1,9 @@
 """Bottleneck adapters: Houlsby's, Pfeiffer's, the parallel one, and AdaptFormer's.
 
 All add scale * Up(activation(Down x)) to a sublayer's output, 2db + b + d parameters each with width d and
-bottleneck b; they differ in where, and in what x is. Up is 0 at the start. Knows places of a block; knows
-nothing about architectures.
+bottleneck b; they differ in where, in what x is, and in their defaults. Up is 0 at the start. Other kinds of
+layers inside (one bit, Kronecker products) are a subclass's `layers`. Knows places of a block; knows nothing
+about architectures.
 """
 
 from __future__ import annotations
@@ -17,47 +18,62 @@ from vlm_adapt.adapt.anatomy import Anatomy
 
 
 class Bottleneck(Inserted):
-    """scale * Up(activation(Down x)): Down uniform as torch's Linear (kaiming, a = sqrt 5), the rest 0."""
+    """scale * Up(activation(Down x)), whatever layers Down and Up are."""
 
     def __init__(
         self,
-        width: int,
-        bottleneck: int,
+        down: nn.Module,
+        up: nn.Module,
         activation: str,
-        scale: float,
-        dropout: float,
-        channels_first: bool,
-        device: torch.device,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        channels_first: bool = False,
     ):
         super().__init__(channels_first)
-        self.down = nn.Linear(width, bottleneck, device=device)
+        self.down, self.up, self.scale = down, up, scale
         self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
-        self.up = nn.Linear(bottleneck, width, device=device)
-        self.scale = scale
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for zero in (self.down.bias, self.up.weight, self.up.bias):
-            nn.init.zeros_(zero)
 
     def forward(self, x_D: Tensor) -> Tensor:
         """[..., D] to what is added, [..., D]."""
-        inner_B = self.dropout(self.activation(self.down(as_weight(x_D, self.down.weight))))
-        return self.up(as_weight(inner_B, self.up.weight)) * self.scale
+        added_D: Tensor = self.up(self.dropout(self.activation(self.down(x_D))))
+        return added_D * self.scale
+
+
+class CastingLinear(nn.Linear):
+    """torch's Linear, which takes its input in the dtype of its weight."""
+
+    def forward(self, x_I: Tensor) -> Tensor:
+        """[..., I] to [..., O]."""
+        return super().forward(as_weight(x_I, self.weight))
 
 
 class BottleneckAdapters(Adapters):
-    """Adapters made of bottlenecks."""
+    """Adapters made of bottlenecks; without an `insert` of its own, one after each place of `needs`."""
+
+    def layers(self, width: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        """Down and Up: Down uniform as torch's Linear (kaiming, a = sqrt 5), the rest 0."""
+        down = CastingLinear(width, self.bottleneck, device=device)
+        up = CastingLinear(self.bottleneck, width, device=device)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        for zero in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(zero)
+        return down, up
 
     def make(self, found: Anatomy, device: torch.device) -> Bottleneck:
         """One bottleneck for the width of a block."""
-        return Bottleneck(
-            found.width,
-            self.bottleneck,
-            self.activation,
-            self.scale,
-            self.dropout,
-            found.channels_first,
-            device,
-        )
+        down, up = self.layers(found.width, device)
+        return Bottleneck(down, up, self.activation, self.scale, self.dropout, found.channels_first)
+
+    def insert(self, found: Anatomy, device: torch.device) -> dict[str, nn.Module]:
+        """After each of `needs`."""
+        modules: dict[str, nn.Module] = {}
+        for need in self.needs:
+            adapter = self.make(found, device)
+            if need != "mlp_end":
+                adapter.channels_first = False  # only feed-forwards are convolutions
+            adapter.follow(getattr(found, need))
+            modules[need.removesuffix("_end")] = adapter
+        return modules
 
 
 class Houlsby(BottleneckAdapters):
@@ -75,25 +91,7 @@ class Houlsby(BottleneckAdapters):
     sides = ("vision", "connector", "language")
     example = {"bottleneck": 4}  # noqa: RUF012
     needs = ("attention_end", "mlp_end")
-
-    def __init__(
-        self,
-        bottleneck: int = 64,
-        activation: str = "gelu",
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        layer_norms: bool = False,
-    ):
-        super().__init__(bottleneck, activation, scale, dropout, layer_norms)
-
-    def insert(self, found: Anatomy, device: torch.device) -> dict[str, nn.Module]:
-        """After both sublayers."""
-        attention, mlp = self.make(found, device), self.make(found, device)
-        assert found.attention_end is not None and found.mlp_end is not None
-        attention.channels_first = False  # only feed-forwards are convolutions
-        attention.follow(found.attention_end)
-        mlp.follow(found.mlp_end)
-        return {"attention": attention, "mlp": mlp}
+    activation = "gelu"
 
 
 class Pfeiffer(BottleneckAdapters):
@@ -108,23 +106,6 @@ class Pfeiffer(BottleneckAdapters):
     sides = ("vision", "connector", "language")
     example = {"bottleneck": 4}  # noqa: RUF012
 
-    def __init__(
-        self,
-        bottleneck: int = 64,
-        activation: str = "relu",
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        layer_norms: bool = False,
-    ):
-        super().__init__(bottleneck, activation, scale, dropout, layer_norms)
-
-    def insert(self, found: Anatomy, device: torch.device) -> dict[str, nn.Module]:
-        """After the feed-forward."""
-        mlp = self.make(found, device)
-        assert found.mlp_end is not None
-        mlp.follow(found.mlp_end)
-        return {"mlp": mlp}
-
 
 class ParallelAdapter(BottleneckAdapters):
     """FFN(x) + 4 Up(relu(Down x)), x the feed-forward's own (normed) input.
@@ -137,17 +118,7 @@ class ParallelAdapter(BottleneckAdapters):
     paper = "He et al. 2022, arXiv 2110.04366"
     sides = ("vision", "connector", "language")
     example = {"bottleneck": 4}  # noqa: RUF012
-    needs = ("mlp_end",)
-
-    def __init__(
-        self,
-        bottleneck: int = 64,
-        activation: str = "relu",
-        scale: float = 4.0,
-        dropout: float = 0.0,
-        layer_norms: bool = False,
-    ):
-        super().__init__(bottleneck, activation, scale, dropout, layer_norms)
+    scale = 4.0
 
     def insert(self, found: Anatomy, device: torch.device) -> dict[str, nn.Module]:
         """Beside the feed-forward."""
@@ -170,17 +141,7 @@ class AdaptFormer(BottleneckAdapters):
     paper = "Chen et al. 2022, arXiv 2205.13535"
     sides = ("vision", "connector", "language")
     example = {"bottleneck": 4}  # noqa: RUF012
-    needs = ("mlp_end",)
-
-    def __init__(
-        self,
-        bottleneck: int = 64,
-        activation: str = "relu",
-        scale: float = 0.1,
-        dropout: float = 0.0,
-        layer_norms: bool = False,
-    ):
-        super().__init__(bottleneck, activation, scale, dropout, layer_norms)
+    scale = 0.1
 
     def insert(self, found: Anatomy, device: torch.device) -> dict[str, nn.Module]:
         """Beside the norm and the feed-forward."""

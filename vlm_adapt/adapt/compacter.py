@@ -17,8 +17,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from vlm_adapt.adapt.adapters import ACTIVATIONS, Adapters, Inserted, as_weight
+from vlm_adapt.adapt.adapters import as_weight
 from vlm_adapt.adapt.anatomy import Anatomy
+from vlm_adapt.adapt.bottleneck import BottleneckAdapters
 from vlm_adapt.errors import UserError
 
 
@@ -62,20 +63,7 @@ class PHMLinear(nn.Module):
         return nn.functional.linear(as_weight(x_I, weight_IO), weight_IO.T, self.bias_O)
 
 
-class PHMBottleneck(Inserted):
-    """scale * Up(activation(Down x)) with both layers of `PHMLinear`."""
-
-    def __init__(self, down: PHMLinear, up: PHMLinear, activation: str, scale: float, dropout: float):
-        super().__init__()
-        self.down, self.up, self.scale = down, up, scale
-        self.activation, self.dropout = ACTIVATIONS[activation](), nn.Dropout(dropout)
-
-    def forward(self, x_D: Tensor) -> Tensor:
-        """[..., D] to what is added, [..., D]."""
-        return self.up(self.dropout(self.activation(self.down(x_D)))) * self.scale
-
-
-class Compacter(Adapters):
+class Compacter(BottleneckAdapters):
     """h + Up(gelu(Down h)) after attention and feed-forward; none after a decoder's cross-attention.
 
     n^3 + (number of adapters) * (2 (d + b) R + b + d) parameters; the papers' counts have the LayerNorms
@@ -96,14 +84,16 @@ class Compacter(Adapters):
     identity = False
     example = {"bottleneck": 8}  # noqa: RUF012
     needs: tuple[str, ...] = ("attention_end", "mlp_end")
+    bottleneck = 24
+    activation = "gelu"
 
     def __init__(
         self,
-        bottleneck: int = 24,
+        bottleneck: int | None = None,
         division: int = 4,
         rank: int = 1,
-        activation: str = "gelu",
-        scale: float = 1.0,
+        activation: str | None = None,
+        scale: float | None = None,
         dropout: float = 0.0,
         layer_norms: bool = False,
     ):
@@ -111,9 +101,9 @@ class Compacter(Adapters):
         for setting, value in (("division", division), ("rank", rank)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(f"adapt: {self.name}'s {setting} is a whole number from 1, not {value!r}")
-        if bottleneck % division:
+        if self.bottleneck % division:
             raise UserError(
-                f"adapt: {self.name}'s bottleneck {bottleneck} is no multiple of division {division}"
+                f"adapt: {self.name}'s bottleneck {self.bottleneck} is no multiple of division {division}"
             )
         self.division, self.rank = division, rank
         self.rule: Rule | None = None
@@ -128,15 +118,13 @@ class Compacter(Adapters):
         modules: dict[str, nn.Module] = {}
         if self.rule is None:
             modules["rule"] = self.rule = Rule(self.division, device)
-        sizes = ((found.width, self.bottleneck), (self.bottleneck, found.width))
-        for need in self.needs:
-            end = getattr(found, need)
-            down, up = (PHMLinear(*size, self.rank, self.rule, device) for size in sizes)
-            adapter = PHMBottleneck(down, up, self.activation, self.scale, self.dropout)
-            adapter.channels_first = found.channels_first and need == "mlp_end"
-            adapter.follow(end)
-            modules[need.removesuffix("_end")] = adapter
-        return modules
+        return modules | super().insert(found, device)
+
+    def layers(self, width: int, device: torch.device) -> tuple[nn.Module, nn.Module]:
+        """Down and Up of Kronecker products by the shared rule."""
+        assert self.rule is not None
+        down = PHMLinear(width, self.bottleneck, self.rank, self.rule, device)
+        return down, PHMLinear(self.bottleneck, width, self.rank, self.rule, device)
 
 
 class CompacterPlusPlus(Compacter):
