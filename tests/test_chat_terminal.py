@@ -21,6 +21,7 @@ class Echo:
         self.asked: list[tuple[str, list[str]]] = []
         self.notes: list[str] = []
         self.speed = None
+        self.masks: list[Any] = []
         self.interrupt = False
         self.closed = False
         self.history = type("History", (), {"turns": [], "system": None})()

@@ -75,6 +75,8 @@ def check_vision_language(run: Run, train: bool) -> None:
     check_settings(CONNECTORS, model.connector.name, model.connector.options, "model.connector")
     for _, stage in run.stage_runs():
         OBJECTIVES.check(stage.train.objective)
+        if stage.train.objective == "masks" and model.masks is None:
+            raise UserError("train.objective 'masks' needs a model that draws them: give model.masks")
         check_teacher(stage.train, look=train)
         for name in stage.evaluate.metrics:
             METRICS.check(name)

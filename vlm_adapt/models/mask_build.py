@@ -78,7 +78,7 @@ def _number_of(token: str, tokenizer: Any) -> int:
     """The token's number, added if it is not there."""
     from tokenizers import AddedToken
 
-    if not token or token != token.strip():
+    if token.split() != [token]:
         raise UserError(f"model.masks.token {token!r} is no token: write it without spaces, as <seg>")
     if token not in tokenizer.get_vocab():
         # Not a special token: answers show it, and where it stands says what the mask is of.

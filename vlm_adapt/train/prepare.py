@@ -18,7 +18,7 @@ def cache_features(assembled: AssembledModel, size: int, zero_stage: int) -> Non
     Raises:
         UserError: the tower trains in this stage.
     """
-    assembled.model.feature_cache = None
+    assembled.model.feature_cache = assembled.model.mask_cache = None
     if not size:
         return
     if any(parameter.requires_grad for parameter in assembled.model.vision.parameters()):
@@ -27,3 +27,5 @@ def cache_features(assembled: AssembledModel, size: int, zero_stage: int) -> Non
         )
     if zero_stage < 3:
         assembled.model.feature_cache = FeatureCache(size)
+        if getattr(assembled.model, "mask_vision", None) is not None:  # always frozen
+            assembled.model.mask_cache = FeatureCache(size)
