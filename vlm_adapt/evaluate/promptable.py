@@ -23,6 +23,7 @@ from torch import Tensor
 from vlm_adapt import dist
 from vlm_adapt.config.schema import Data, Evaluate
 from vlm_adapt.data.problems import Account, BadSample
+from vlm_adapt.data.prompt_batch import STAND_IN
 from vlm_adapt.data.prompt_reader import MEASURED, PromptReader, PromptRow
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.scores import Scores
@@ -65,9 +66,17 @@ def evaluate(
     mine = chosen[dist.rank() :: dist.world_size()]
     passes = math.ceil(len(chosen) / dist.world_size()) if synced else len(mine)
     found: list[dict[str, Any]] = []
+    labels = assembled.model.labels
+    shared = synced and labels is not None and labels.encoder.trains
+    if shared:
+        labels.forget()  # so that all ranks know the same names
     for place in range(passes):
         number = mine[place] if place < len(mine) else None
         row = None if number is None else _read(reader, number, account)
+        if shared:  # the encoder's weights are gathered: every rank encodes the names of all
+            own = [STAND_IN, *(one.words for one in (row.targets if row else ()) if one.words)]
+            with autocast(), torch.no_grad():
+                labels(list(dict.fromkeys(name for part in dist.gather(own) for name in part)))
         if row is not None or synced:
             with autocast(), torch.no_grad():
                 found += _judge(assembled, row, number, device or torch.device("cpu"))

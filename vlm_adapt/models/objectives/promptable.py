@@ -91,12 +91,12 @@ def _tokens(model: Any, group: PromptGroup) -> Tensor | None:
     """Prompt tokens of words; None where there are none and the model does not read any."""
     real, words = bool(group.there_NP.any()), model.connector.words
     flat = [name for own in group.words for name in own]
-    if real or (words is not None and words.trained and not words.learns):
-        tokens_L1D = model.word_tokens(flat)
-    elif words is None or not words.learns:
+    if not real and (words is None or not (words.learns or words.trained)):
         return None
-    else:  # a stand-in is no training: the count of steps stays what it is
-        tokens_L1D = words.layers(model.labels(flat).to(words.layers[0].weight.device)).unsqueeze(-2)
+    steps = None if words is None else words.steps.clone()
+    tokens_L1D = model.word_tokens(flat)
+    if not real:  # a stand-in is no training: the count of steps stays what it is
+        words.steps.copy_(steps)
     return tokens_L1D.unflatten(0, group.there_NP.shape)
 
 
