@@ -49,8 +49,8 @@ class PixelProjection(nn.Conv2d):
         with torch.autocast(maps_NChw.device.type, enabled=False):
             pixels_NBhw = F.pad(maps_NChw.float(), (0, 0, 0, 0, 0, 1), value=1.0)
             gram_BB = basis_EB.T @ basis_EB
-            turned_NBhw = F.conv2d(pixels_NBhw, gram_BB[:, :, None, None])
-            squares_N1hw = (turned_NBhw * pixels_NBhw).sum(1, keepdim=True)
+            turned_NBP = gram_BB @ pixels_NBhw.flatten(2)  # torch's convolution of odd channels is slow
+            squares_N1hw = (turned_NBP.view_as(pixels_NBhw) * pixels_NBhw).sum(1, keepdim=True)
             return pixels_NBhw * squares_N1hw.clamp(min=SMALLEST).rsqrt(), basis_EB
 
     def _basis(self) -> Tensor:

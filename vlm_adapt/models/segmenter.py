@@ -120,8 +120,8 @@ class Segmenter(nn.Module):
         return torch.einsum("nbhw,eb->nehw", pixels_NBhw, basis_EB)
 
     def _seen(self, pixels_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        more = {"class_token": True} if self.connector.head.wants_class_token else {}
-        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers, **more)
+        wants = self.connector.head.wants_class_token
+        features = self.vision(self.vision.normalise(pixels_NCHW), self.layers, class_token=wants)
         seen: tuple[Tensor, Tensor] = self.connector(features)
         return seen
 

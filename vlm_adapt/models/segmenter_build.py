@@ -104,7 +104,7 @@ def build(
                 tower.widths(layers),
                 tower.grids(layers),
                 encoder.width,
-                getattr(tower, "has_class_token", False),
+                tower.has_class_token,
                 **config.head.options,
             ),
             _regularisation(config.head),

@@ -237,8 +237,11 @@ def build(
     notes: list[str] = []
     if source.kind == "file":
         info = getattr(trunk.feature_info, "info", trunk.feature_info)
+        before = {name for name, child in trunk.named_children() if any(True for _ in child.parameters())}
         take_off_head(trunk, len(info))
-        heads = [f"{head}." for head in HEADS]
+        # EfficientNet's head begins with a convolution and a norm of its own, which go with it.
+        gone = [name for name in before if not any(True for _ in getattr(trunk, name).parameters())]
+        heads = [f"{head}." for head in (*HEADS, *gone)]
         left_out = load_strictly(trunk, read_state(source.path), str(source.path), heads)
         notes += note_left_out(str(source.path), left_out)
     data = resolve_data_config(pretrained_cfg=config)
