@@ -146,7 +146,8 @@ def collate(
     grids = {name: np.zeros((count, length), np.int64) for name in ("ids", "blocks", "branches", "positions")}
     grids["ids"][:] = FILLER_ID
     documents = np.zeros((count, length), np.int64)
-    predict_from, targets, images, positions = [], [], [], []
+    predict_from, targets, positions = [], [], []
+    images: list[Any] = []
     states, state_positions, lengths, prompts = [], [], [], []
     placed = []
     decoder_length = max(

@@ -143,19 +143,11 @@ def target_of(mask_HW: np.ndarray, spec: MaskSpec) -> np.ndarray:
     Returns:
         [h, w] uint8 of 0, 1 and IGNORED, which is also what lies outside of the image.
     """
-    axes = []
-    for length, place, whole, count in zip(
-        mask_HW.shape,
-        zip(*_halves(frame(*mask_HW.shape, spec.image_spec)), strict=True),
-        spec.image_spec.size,
-        spec.size,
-        strict=True,
-    ):
-        inner, first = place
-        seen = (np.arange(count * SAMPLES) + 0.5) / (count * SAMPLES) * whole
-        axes.append(np.floor((seen - first) / inner * length).astype(np.int64))
-    rows, columns = axes
     height, width = mask_HW.shape
+    tall, wide, top, left = frame(height, width, spec.image_spec)
+    (down, across), (rows_out, columns_out) = spec.image_spec.size, spec.size
+    rows = _sampled(height, tall, top, down, rows_out)
+    columns = _sampled(width, wide, left, across, columns_out)
     outside = ((rows < 0) | (rows >= height))[:, None] | ((columns < 0) | (columns >= width))[None]
     drawn = mask_HW[rows.clip(0, height - 1)][:, columns.clip(0, width - 1)]
     drawn[outside] = IGNORED
@@ -167,8 +159,15 @@ def target_of(mask_HW: np.ndarray, spec: MaskSpec) -> np.ndarray:
     return inside
 
 
-def _halves(four: tuple[int, int, int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    return four[:2], four[2:]
+def _sampled(length: int, inner: int, first: int, whole: int, count: int) -> np.ndarray:
+    """Which row (or column) of `length` each sample of a target falls on.
+
+    Args:
+        inner, first, whole: pixels that the rows take before the tower, where they begin, and of all.
+        count: rows of the target.
+    """
+    seen = (np.arange(count * SAMPLES) + 0.5) / (count * SAMPLES) * whole
+    return np.floor((seen - first) / inner * length).astype(np.int64)
 
 
 @dataclass

@@ -29,6 +29,7 @@ def overlap(drawn_HW: np.ndarray | None, meant_HW: np.ndarray | None) -> tuple[i
     if drawn_HW is None and meant_HW is None:
         return 0, 0
     if meant_HW is None:
+        assert drawn_HW is not None
         return 0, int(np.count_nonzero(drawn_HW))
     inside = meant_HW == 1
     if drawn_HW is None:
