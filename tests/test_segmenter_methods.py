@@ -1,7 +1,7 @@
 """Every method of the vision side on a segmenter, generated from the table of methods: train, save, load.
 
-A segmenter reads four depths and, of a plain ViT, the class token: methods that add tokens or wrap blocks must
-leave both where they are.
+A segmenter reads four depths and, of a plain ViT, the class token: methods that add tokens or wrap blocks
+must leave both where they are.
 """
 
 from __future__ import annotations
