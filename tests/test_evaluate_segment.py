@@ -127,6 +127,8 @@ def test_limit_and_nothing_usable(street: Path, tmp_path: Path) -> None:
     bad = flat.write_shard(tmp_path / "bad.tar", [(grid("0"), grid("7"), LABELS)])
     with pytest.raises(UserError, match="none of 1 held-out samples could be used: 1 x mask has a value"):
         score([bad])
+    with pytest.raises(UserError, match="blind scores are of answers in words"):
+        score([street], blind=True)
     with pytest.raises(UserError, match="nothing to evaluate on"):
         evaluate(flat.assembled(flat.FlatSegmenter()), Data(), Evaluate())
 

@@ -49,8 +49,11 @@ def evaluate(
         tell: called with batches done and in all.
 
     Raises:
-        UserError: nothing is held out, no sample could be used, or an unseen label is none of theirs.
+        UserError: nothing is held out, no sample could be used, an unseen label is none of theirs, or blind
+            scores are asked for, which are of answers in words.
     """
+    if settings.blind:
+        raise UserError("blind scores are of answers in words, and a segmenter gives masks: leave it out")
     if not data.evaluate:
         raise UserError("there is nothing to evaluate on: give data.evaluate shards")
     # The loss is of images that are brought to the tower's size as they are, whatever training does to them.

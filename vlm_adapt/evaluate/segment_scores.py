@@ -45,9 +45,8 @@ class SegmentScores(Scores):
         for name, confusion in self.confusions.items():
             figures = self.metrics["sources"][name] if "sources" in self.metrics else self.metrics
             head = [name] if len(self.confusions) > 1 else []
-            blocks.append(
-                "\n".join([*head, plain_table(_rows(confusion, figures, self.unseen), right=CELLS)])
-            )
+            table = plain_table(_rows(confusion, figures, self.unseen), right=CELLS)
+            blocks.append("\n".join([*head, table]))
             if figures["absent"]:
                 absent = ", ".join(_shown(label) for label in figures["absent"])
                 blocks.append(f"neither true nor predicted, and left out of the means: {absent}")
@@ -64,7 +63,8 @@ class SegmentScores(Scores):
                 writer = csv.writer(file)
                 writer.writerow(["true \\ predicted", *labels])
                 writer.writerows([label, *row] for label, row in zip(labels, counts_CC.tolist(), strict=True))
-            confusion_picture(counts_CC, labels, folder / f"confusion{end}.png", name, self.unseen)
+            title = f"Confusion of classes, {name}"
+            confusion_picture(counts_CC, labels, folder / f"confusion{end}.png", title, self.unseen)
 
 
 def gathered(own: Mapping[str, NamedConfusion], sources: Sequence[str]) -> dict[str, NamedConfusion]:
