@@ -91,6 +91,15 @@ def test_vectors_are_kept_where_they_are_wanted(folders: dict[str, Path]) -> Non
     assert torch.equal(labels.to("cpu")(["cat"]), kept) and labels.encoded == 1
 
 
+def test_what_is_kept_has_full_precision(folders: dict[str, Path]) -> None:
+    encoder = build_text(str(folders["bert"])).requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, kept = encoder(["cat"]), LabelEmbeddings(encoder)(["cat"])
+    exact = encoder(["cat"])
+    assert (rounded - exact).abs().max() > 1e-4  # bfloat16 has 8 bits
+    assert (kept - exact).abs().max() < CLOSE
+
+
 def test_names() -> None:
     assert read_labels(" cat, grass ,other") == ("cat", "grass", "other")
     assert read_labels(["car | automobile", "sky"]) == ("car|automobile", "sky")

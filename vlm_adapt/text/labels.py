@@ -151,7 +151,8 @@ class LabelEmbeddings:
             return vectors_LD if self.device is None else vectors_LD.to(self.device)
         new = [label for label in dict.fromkeys(labels) if label not in self._kept]
         if new:
-            with torch.no_grad():
+            # Kept for the whole run: not in the lower precision that a forward pass may be in just now.
+            with torch.no_grad(), torch.autocast(self.encoder.device.type, enabled=False):
                 found_LD = self._encode(new, TEXTS_AT_ONCE)
             found_LD = found_LD if self.device is None else found_LD.to(self.device)
             self._kept |= dict(zip(new, found_LD.unbind(), strict=True))
