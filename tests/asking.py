@@ -60,7 +60,12 @@ def shard(path: Path, count: int = 21, first: int = 0, side: int = 24, plain: Se
             questions = [
                 {"question": "what color is the shape?", "answer": next(iter(masks)), "kind": "none"}
             ]
-        members = {"png": png(pixels_HWC), "json": json.dumps({"questions": questions}).encode()}
+        record: dict[str, Any] = {"questions": questions}
+        if number % 10 not in plain:
+            record["referring"] = [
+                {"expressions": [f"the {name} square"], "mask": place} for place, name in enumerate(masks)
+            ]
+        members = {"png": png(pixels_HWC), "json": json.dumps(record).encode()}
         if number % 10 not in plain:
             members |= {f"mask.{place}.png": encode_mask(one) for place, one in enumerate(masks.values())}
         samples.append((f"m{number:04d}", members))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asking
 import pytest
 import tiny
 import yaml
@@ -44,6 +45,7 @@ def shards(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         "llava": tiny.shard(
             folder / "llava.tar", [(f"m{n}", {"png": tiny.image(n), "json": turns}) for n in range(12)]
         ),
+        "nlvr-masks": asking.shard(folder / "masks.tar", 12, plain=()),
         "": tiny.questions_shard(folder / "questions.tar", 12, questions=3),
     }
 
@@ -70,6 +72,9 @@ def tiny_overrides(config: Path, parts: Path, shards: dict[str, Path], output: P
         f"model.language.model={parts / language}",
         "data.workers=0",
     ]
+    if "masks" in tree["model"]:
+        decoder = {"weights": "random:", **asking.DECODER}
+        changes.append(f"model.masks={{vision: {{model: {parts / 'vit'}}}, decoder: {json.dumps(decoder)}}}")
     for place, path in sources(tree):
         word = next(word for word in shards if word in path)
         changes.append(f"{place}={shards[word]}")
