@@ -74,6 +74,17 @@ def test_the_image_is_not_covered_and_the_legend_is_outside() -> None:
     assert overlay(pixels, mask, names, palette, None).size == (width, height)
 
 
+def test_prompts_are_drawn_where_they_are() -> None:
+    pixels, mask = np.zeros((100, 160, 3), np.uint8), np.full((100, 160), 65535, np.uint16)
+    asked = ([(40, 50, 1), (120, 50, 0)], [(10, 10, 60, 90)])
+    page = np.asarray(overlay(pixels, mask, [], [], None, 0.5, *asked)).astype(int)
+    factor = 640 / 160
+    inside, outside = (page[round(50 * factor) - 4, round(x * factor) + 4] for x in (40, 120))
+    assert inside.tolist() == [0, 114, 178] and outside.tolist() == [213, 94, 0]
+    assert page[round(30 * factor), round(10 * factor) + 1].tolist() == [255, 255, 255]
+    assert page[round(50 * factor), round(80 * factor)].tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (3000, 10), (5000, 4000)])
 def test_pictures_of_any_size(size: tuple[int, int]) -> None:
     pixels, mask = np.zeros((size[1], size[0], 3), np.uint8), np.zeros((size[1], size[0]), np.uint16)

@@ -124,7 +124,7 @@ def test_an_animation(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert made.info["duration"] == 80 or made.info["timestamp"] == 320
 
 
-def fake_ffmpeg(folder: Path, frames: int = 3, fails: str = "") -> None:
+def fake_ffmpeg(folder: Path, frames: int = 3, fails: str = "", complains: str = "") -> None:
     """A program of that name: it tells of a video, gives frames as PPM, and keeps what it is fed."""
     script = f"""#!{sys.executable}
 import sys
@@ -132,6 +132,7 @@ words = sys.argv[1:]
 if words[-1] == "-":
     for place in range({frames}):
         sys.stdout.buffer.write(b"P6\\n3 2\\n255\\n" + bytes([90, 170, 250] * 6))
+    print({complains!r}, end="", file=sys.stderr)
 elif words[-2] == "-i":
     print("  Duration: 00:00:01.50, start: 0", "  Stream #0:0: Video: h264, 3x2, 2 fps, 2 tbr", sep="\\n",
           file=sys.stderr)
@@ -161,6 +162,21 @@ def test_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     size = words.split(b"-s ")[1].split()[0].split(b"x")
     assert int(size[0]) == 640 and int(size[1]) % 2 == 0 and b"-r 2 " in words
     assert sorted(path.name for path in Path("out").iterdir()) == ["walk-masks", "walk-overlay.mp4"]
+
+
+def test_a_video_that_is_damaged_further_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("walk.mp4").write_bytes(b"a video")
+    fake_ffmpeg(tmp_path / "bin", frames=2, complains="error while decoding")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert segment("--image", "walk.mp4", "--output", "out") == 0
+    assert "damaged: 2 frames could be read (ffmpeg: error while decoding)" in capsys.readouterr().err
+    fake_ffmpeg(tmp_path / "none", frames=0, complains="moov atom not found")
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert segment("--image", "walk.mp4", "--output", "other") == 2
+    assert "damaged video: walk.mp4 (moov atom not found)" in capsys.readouterr().err
+    assert not [path for path in Path("other").rglob("*") if path.is_file()]
 
 
 def test_a_video_that_cannot_be_written(

@@ -20,6 +20,7 @@ from vlm_adapt.errors import UserError
 from vlm_adapt.exits import USER
 
 EVERY = 5.0  # seconds between lines of progress
+ROWS = 40  # labels in the table of an image
 LISTED = 5  # labels in a line of one of many images
 
 
@@ -102,7 +103,9 @@ def segment(
     disable_progress_bar()
     finder = Finder(folder, ask)
     told = _Told(len(found.inputs) == 1 and found.inputs[0].kind == "image")
-    work = Segment(finder, output, opacity, told, scores, finder.max_pixels)
+    work = Segment(
+        finder, output, opacity, told, scores, finder.max_pixels, points=ask.points, boxes=ask.boxes
+    )
     for done in work.run(found.inputs):
         told.clear()
         if as_json:
@@ -226,12 +229,15 @@ def _print(done: Any, alone: bool) -> None:
     frames = "" if done.source.kind == "image" else f", {done.frames:,} frames"
     print(f"{done.source.path}: {width} x {height}{frames}, {done.seconds:.1f} s")
     rows: list[tuple[str, str, str]] = [("label", "share", "score")]
-    for row in shown:
+    for row in shown[:ROWS]:
         score = "" if row["score"] is None else f"{row['score']:.2f}"
         rows.append((row["label"], _percent(row["share"]), score))
     _table(rows)
+    if len(shown) > ROWS:
+        print(f"and {len(shown) - ROWS:,} more (--json prints all)")
     if missing:
-        print(f"not found: {', '.join(missing)}")
+        more = f" and {len(missing) - ROWS:,} more" if len(missing) > ROWS else ""
+        print(f"not found: {', '.join(missing[:ROWS])}{more}")
     for what, file in done.files.items():
         print(f"{what}: {file}")
 

@@ -20,6 +20,7 @@ from vlm_adapt.report.colours import Colour
 
 SMALLEST, LARGEST = 640, 2048  # points of the long side of a picture
 INK, FAINT, PAPER = (32, 33, 36), (110, 114, 120), (255, 255, 255)
+INSIDE, OUTSIDE = (0, 114, 178), (213, 94, 0)  # of points: Okabe and Ito's blue and vermilion
 BORDER = 0.85  # how much of a border's white covers the image
 LEAST = 0.0005  # of the image: labels with less are counted, not listed
 
@@ -152,12 +153,15 @@ def overlay(
     palette: Sequence[Colour],
     shares: Sequence[float] | None,
     opacity: float = 0.55,
+    points: Sequence[tuple[float, float, int]] = (),
+    boxes: Sequence[tuple[float, float, float, float]] = (),
 ) -> PILImage.Image:
     """An image under its regions, with its legend below, or beside it where it is taller than wide.
 
     Args:
         pixels_HWC: uint8. mask_HW: places in `names`; any other value stays bare.
         shares: of the image, a label each; None for no legend.
+        points, boxes: what was asked, in pixels of the image; drawn as dots (+ inside, - outside) and frames.
     """
     height, width = mask_HW.shape
     shown = picture_size(width, height)
@@ -165,7 +169,31 @@ def overlay(
     if shown != image.size:
         image = image.resize(shown, PILImage.Resampling.LANCZOS)
     regions = PILImage.fromarray(veiled(np.asarray(image), fit_mask(mask_HW, shown), palette, opacity))
+    mark(regions, shown[0] / width, points, boxes)
     return regions if shares is None else beside(regions, entries(shares, names, palette))
+
+
+def mark(
+    picture: PILImage.Image,
+    factor: float,
+    points: Sequence[tuple[float, float, int]],
+    boxes: Sequence[tuple[float, float, float, float]],
+) -> None:
+    """Draw prompts into a picture that is `factor` times as large as the image they are places of."""
+    draw, thick = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 400))
+    for box in boxes:
+        corners = [value * factor for value in box]
+        draw.rectangle(corners, outline=INK, width=thick + 2)
+        draw.rectangle([corners[0] + 1, corners[1] + 1, corners[2] - 1, corners[3] - 1], None, PAPER, thick)
+    radius = 3.2 * thick
+    for x, y, inside in points:
+        x, y = x * factor, y * factor
+        dot = (x - radius, y - radius, x + radius, y + radius)
+        draw.ellipse(dot, fill=INSIDE if inside else OUTSIDE, outline=PAPER, width=max(1, thick // 2))
+        arm = 0.5 * radius
+        draw.line((x - arm, y, x + arm, y), PAPER, max(1, thick // 2))
+        if inside:
+            draw.line((x, y - arm, x, y + arm), PAPER, max(1, thick // 2))
 
 
 def beside(image: PILImage.Image, lines: Sequence[Entry]) -> PILImage.Image:

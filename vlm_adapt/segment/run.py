@@ -6,7 +6,7 @@ Knows the order of things; how a model finds masks is its kind's, how files look
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -95,6 +95,7 @@ class Segment:
         output: folder of the results. opacity: of the colours, 0 to 1.
         tell: called with frames done and frames in all, where that is known.
         scores: also the chances of every label.
+        points, boxes: what was asked, to be drawn into the picture.
     """
 
     find: Callable[[np.ndarray], Segmentation]
@@ -103,6 +104,8 @@ class Segment:
     tell: Callable[[int, int | None], None] = lambda done, total: None
     scores: bool = False
     max_pixels: int = MAX_PIXELS
+    points: Sequence[tuple[float, float, int]] = ()
+    boxes: Sequence[tuple[float, float, float, float]] = ()
     account: Account = field(default_factory=Account)
 
     def run(self, inputs: list[Input]) -> Iterator[Done]:
@@ -145,7 +148,8 @@ class Segment:
         files = {"mask": str(mask), "overlay": str(picture)}
         write_file(mask, mask_png(found, palette))
         shares = found.shares if found.listed else None
-        write_png(picture, overlay(pixels_HWC, found.classes_HW, found.names, palette, shares, self.opacity))
+        shown = (pixels_HWC, found.classes_HW, found.names, palette, shares, self.opacity)
+        write_png(picture, overlay(*shown, self.points, self.boxes))
         if found.scores_LHW is not None:
             write_file(chances, scores_file(found))
             files["scores"] = str(chances)
