@@ -12,6 +12,8 @@ from typing import Any
 import asking
 import pytest
 import tiny
+import tiny_masks
+import tiny_prompts
 import yaml
 
 from vlm_adapt.config.load import load_run
@@ -21,6 +23,7 @@ from vlm_adapt.train.run import train
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 STEPS = 2
+CAMVID = "sky building pole road pavement tree sign-symbol fence car pedestrian bicyclist".split()
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,11 @@ def shards(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         **{"objects": [box], "labels": ["circle", "square"], "ocr": [{"text": "no"}], "text": tiny.WORDS},
     }
     tasks = [(f"t{n}", {"png": tiny.image(n), "json": json.dumps(everything).encode()}) for n in range(12)]
+    unseen = yaml.safe_load(next(path for path in CONFIGS if path.stem == "lseg_unseen").read_text())
+    coco = unseen["data"]["train"][1]["task"]
     return {
+        "camvid": tiny_masks.shard(folder / "camvid.tar", 12, CAMVID),
+        "coco128": tiny_masks.shard(folder / "coco.tar", 12, ["bus", *coco["leave_out"], *coco["rename"]]),
         "captions": tiny.shard(folder / "captions.tar", captions),
         "pali": tiny.shard(folder / "pali.tar", tasks),
         "llava": tiny.shard(
@@ -61,20 +68,43 @@ def sources(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield from sources(value, place)
 
 
+def vision_language(model: dict[str, Any], parts: Path) -> list[str]:
+    """A tiny tower and language for a model's own; a tiny mask decoder where it has one."""
+    language = "t5" if "t5" in model["language"]["model"] else "llama"
+    layers = [0, 1] if len(model["vision"].get("layers", [])) > 1 else [-1]
+    changes = [
+        f"model.vision={{model: {parts / 'vit'}, layers: {layers}}}",
+        f"model.language.model={parts / language}",
+    ]
+    if "masks" in model:
+        decoder = {"weights": "random:", **asking.DECODER}
+        changes.append(f"model.masks={{vision: {{model: {parts / 'vit'}}}, decoder: {json.dumps(decoder)}}}")
+    return changes
+
+
+def segmenter(model: dict[str, Any], parts: Path) -> list[str]:
+    """A tiny tower of four depths and a tiny text encoder."""
+    tiny_masks.run_tree(parts)
+    return [
+        f"model.vision={{model: {parts / 'vit4'}, layers: [0, 1, 2, 3]}}",
+        f"model.text.model={parts / 'bert'}",
+    ]
+
+
+def promptable(model: dict[str, Any], parts: Path) -> list[str]:
+    """A tiny tower and a small decoder of SAM's kind."""
+    small = tiny_prompts.run_tree(parts)["model"]
+    return [f"model.{key}={json.dumps(small[key])}" for key in ("vision", "decoder")]
+
+
+TINY = {"vision_language": vision_language, "segmenter": segmenter, "promptable": promptable}
+
+
 def tiny_overrides(config: Path, parts: Path, shards: dict[str, Path], output: Path) -> list[str]:
     """What replaces the parts and the data; everything else stays as the configuration has it."""
     tree = yaml.safe_load(config.read_text(encoding="utf-8"))
-    language = "t5" if "t5" in tree["model"]["language"]["model"] else "llama"
-    layers = [0, 1] if len(tree["model"]["vision"].get("layers", [])) > 1 else [-1]
-    changes = [
-        f"output_dir={output}",
-        f"model.vision={{model: {parts / 'vit'}, layers: {layers}}}",
-        f"model.language.model={parts / language}",
-        "data.workers=0",
-    ]
-    if "masks" in tree["model"]:
-        decoder = {"weights": "random:", **asking.DECODER}
-        changes.append(f"model.masks={{vision: {{model: {parts / 'vit'}}}, decoder: {json.dumps(decoder)}}}")
+    changes = [f"output_dir={output}", "data.workers=0"]
+    changes += TINY[tree["model"].get("kind", "vision_language")](tree["model"], parts)
     for place, path in sources(tree):
         word = next(word for word in shards if word in path)
         changes.append(f"{place}={shards[word]}")

@@ -44,8 +44,11 @@ def scene(seed: int, labels: Sequence[str], width: int, height: int) -> tuple[np
     mask_HW = np.full((height, width), ground, np.uint8)
     top, left = int(draws.integers(0, height // 2)), int(draws.integers(0, width // 2))
     mask_HW[top : top + height // 2, left : left + width // 2] = thing
-    colours = np.array([COLOURS[name.split("|")[0]] for name in labels])
-    pixels_HWC = (colours[mask_HW] + draws.integers(-25, 25, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    others = {name: tuple(np.random.default_rng(len(name)).integers(0, 255, 3)) for name in labels}
+    colours = np.array([COLOURS.get(name.split("|")[0], others[name]) for name in labels])
+    pixels_HWC = (
+        (colours[mask_HW] + draws.integers(-25, 25, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    )
     mask_HW[:, :1] = 255
     return pixels_HWC, mask_HW
 
