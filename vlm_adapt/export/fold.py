@@ -58,7 +58,8 @@ def split(folder: Path, run: Run, state: dict[str, Any]) -> tuple[Labelled, Labe
     folded: Labelled = []
     kept: Labelled = []
     for label, (line, fold) in folds.items():
-        goes = fold and (line.where != "connector" or whole_connector)
+        # What draws masks has no folder of a library: it stays beside the weights.
+        goes = fold and line.where != "masks" and (line.where != "connector" or whole_connector)
         (folded if goes else kept).append((line, label))
     if not any(line.where != "connector" for line, _ in folded):
         names_ = ", ".join(label for _, label in kept) or "only the connector was trained"
