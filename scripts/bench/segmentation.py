@@ -105,7 +105,7 @@ def bridge_scores(run: Any) -> dict[str, Any]:
     class Assembled:
         """What the evaluation asks of a model."""
 
-        model = Bridge((480, 640))
+        model = Bridge((360, 480))
 
         def reader(self, sources: Any, seed: int, data: Any) -> Any:
             """Samples with masks."""
