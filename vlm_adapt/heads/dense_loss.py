@@ -13,7 +13,6 @@ computes it again. Nothing of labels x mask is held, and of labels x map only a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,59 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm_adapt.errors import UserError
+from vlm_adapt.heads.bands import VALUES_AT_ONCE, Band, bands, product, regularised
 from vlm_adapt.heads.regularisation import Blocks, Regularisation
-from vlm_adapt.heads.upsampled import Rows, best_labels, losses_and_gradient
+from vlm_adapt.heads.upsampled import best_labels, losses_and_gradient
 
-VALUES_AT_ONCE = 2**24
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Band:
-    """Some rows of the mask and what is needed for them.
-
-    Attributes:
-        start, stop: rows of the mask.
-        top, bottom: rows of the map, with the halo.
-        begin, end: rows without the halo, counted from `top`.
-        rows: where the mask's rows lie in the map's rows from `begin`.
-    """
-
-    start: int
-    stop: int
-    top: int
-    bottom: int
-    begin: int
-    end: int
-    rows: Rows
-
-
-def bands(
-    height: int, width: int, labels: int, out: int, blocks: Blocks | None, values: int, dtype: torch.dtype
-) -> Iterator[Band]:
-    """Cut a mask of `out` rows over a map of height x width so that a band holds about `values` values."""
-    halo = blocks.depth if blocks else 0
-    held = 2 + (3 * halo if blocks else 0)  # logits and gradient; three maps of every block
-    at_once = max(2, values // max(1, width * labels * held) - 2 * halo)
-    rows = Rows.between(height, out, dtype)
-    for start, stop in rows.groups(at_once, of_map=True):
-        first, last = rows.part(start, stop).span
-        top, bottom = max(0, first - halo), min(height, last + halo)
-        yield Band(start, stop, top, bottom, first - top, last - top, rows.part(start, stop, first))
-
-
-def _product(embeddings_ERw: Tensor, labels_LE: Tensor) -> Tensor:
-    """logits_RwL in float32 at least."""
-    product_PL = embeddings_ERw.flatten(1).T @ labels_LE.T
-    if product_PL.dtype != torch.float64:
-        product_PL = product_PL.float()
-    return product_PL.view(*embeddings_ERw.shape[1:], -1)
-
-
-def _regularised(logits_RwL: Tensor, blocks: Blocks | None) -> Tensor:
-    if blocks is None:
-        return logits_RwL
-    return blocks(logits_RwL.permute(2, 0, 1)[None])[0].permute(1, 2, 0)
 
 
 @dataclass
@@ -110,50 +61,58 @@ def _walk(
         [torch.zeros_like(one) for one in inputs[2:] if one is not None] if needs[2] else None,
     )
     losses_HW = torch.zeros(targets_HW.shape, dtype=exact, device=targets_HW.device)
-    height, width = embeddings_Ehw.shape[1:]
     if blocks is not None:
         assert inputs[2] is not None and inputs[3] is not None
         leaves = [one.detach().requires_grad_(needs[2]) for one in inputs[2:] if one is not None]
         blocks = replace(blocks, weight=leaves[0], bias=leaves[1])
+    height, width = embeddings_Ehw.shape[1:]
     for band in bands(height, width, len(labels_LE), len(targets_HW), blocks, values, exact):
-        targets_RW = targets_HW[band.start : band.stop]
-        if not bool((targets_RW >= 0).any()):
-            continue
-        pixels_ERw = embeddings_Ehw[:, band.top : band.bottom]
-        logits_RwL = _product(pixels_ERw, labels_LE)
-        if blocks is not None and any(needs):
-            with torch.enable_grad():
-                before_RwL = logits_RwL.requires_grad_(needs[0] or needs[1])
-                after_RwL = _regularised(before_RwL, blocks)[band.begin : band.end]
-            logits_RwL = after_RwL.detach()
-        else:
-            logits_RwL = _regularised(logits_RwL, blocks)[band.begin : band.end]
-        losses_HW[band.start : band.stop], grad_RwL = losses_and_gradient(
-            logits_RwL.contiguous(),
-            targets_RW,
-            band.rows,
-            None if weights_HW is None else weights_HW[band.start : band.stop],
-            any(needs),
-        )
-        if grad_RwL is None:
-            continue
-        if blocks is not None:
-            wanted = [one for one in (before_RwL, *leaves) if one.requires_grad]
-            grads = list(torch.autograd.grad(after_RwL, wanted, grad_RwL))
-            if found.kernel is not None:
-                for sum_so_far, grad in zip(found.kernel, grads[-2:], strict=True):
-                    sum_so_far += grad
-            grad_RwL = grads[0] if before_RwL.requires_grad else None
-        if grad_RwL is None:
-            continue
-        grad_PL = grad_RwL.flatten(0, 1).to(dtype)
-        if found.embeddings_Ehw is not None:
-            found.embeddings_Ehw[:, band.top : band.bottom] += (labels_LE.T @ grad_PL.T).view(
-                pixels_ERw.shape
+        here = slice(band.start, band.stop)
+        if bool((targets_HW[here] >= 0).any()):
+            weights_RW = None if weights_HW is None else weights_HW[here]
+            losses_HW[here] = _walk_band(
+                band, embeddings_Ehw, labels_LE, targets_HW[here], weights_RW, blocks, needs, found
             )
-        if found.labels_LE is not None:
-            found.labels_LE += grad_PL.T @ pixels_ERw.flatten(1).T
     return losses_HW, found
+
+
+def _walk_band(
+    band: Band,
+    embeddings_Ehw: Tensor,
+    labels_LE: Tensor,
+    targets_RW: Tensor,
+    weights_RW: Tensor | None,
+    blocks: Blocks | None,
+    needs: tuple[bool, bool, bool],
+    found: _Gradients,
+) -> Tensor:
+    """losses_RW of one band; its gradients are added to those found. What it makes is gone after it."""
+    pixels_ERw = embeddings_Ehw[:, band.top : band.bottom]
+    before_RwL = product(pixels_ERw, labels_LE)
+    with torch.set_grad_enabled(blocks is not None and any(needs)):
+        before_RwL.requires_grad_(torch.is_grad_enabled() and (needs[0] or needs[1]))
+        after_RwL = regularised(before_RwL, blocks)[band.begin : band.end]
+    losses_RW, grad_RwL = losses_and_gradient(
+        after_RwL.detach().contiguous(), targets_RW, band.rows, weights_RW, any(needs)
+    )
+    if grad_RwL is None:
+        return losses_RW
+    if blocks is not None:
+        learned = [blocks.weight, blocks.bias] if needs[2] else []
+        wanted = [before_RwL] if before_RwL.requires_grad else []
+        grads = torch.autograd.grad(after_RwL, [*wanted, *learned], grad_RwL)
+        for sum_so_far, grad in zip(found.kernel or (), grads[len(wanted) :], strict=True):
+            sum_so_far += grad
+        if not wanted:
+            return losses_RW
+        grad_RwL = grads[0]
+    grad_PL = grad_RwL.flatten(0, 1).to(labels_LE.dtype)
+    if found.embeddings_Ehw is not None:
+        grad_ERw = (labels_LE.T @ grad_PL.T).view(pixels_ERw.shape)
+        found.embeddings_Ehw[:, band.top : band.bottom] += grad_ERw
+    if found.labels_LE is not None:
+        found.labels_LE += grad_PL.T @ pixels_ERw.flatten(1).T
+    return losses_RW
 
 
 class _DenseCrossEntropy(torch.autograd.Function):
@@ -213,11 +172,8 @@ def dense_cross_entropy(
     """Cross-entropy of each pixel that has a label, in reading order: losses_V, float32.
 
     Under autocast the products of embeddings are taken in its dtype; all else is float32 (float64 where
-    the embeddings are). What is held beyond inputs and their gradients is at most, in values,
-
-        max(values_at_once, 2(2 + 2d) w L (2 + 3d)) + 3 max(2^21, 2 W L) + 4 max(2^18, W L)
-
-    on a CPU, with d the regularisation's depth, whatever H and h are; on a GPU 2^26 stands for both powers.
+    the embeddings are). What is held at most beside the inputs, their gradients and the losses:
+    `bands.values_held`, which does not depend on how many rows map and mask have.
 
     Args:
         embeddings_Ehw: one image's, L2-normalised.
@@ -243,6 +199,9 @@ def dense_cross_entropy(
     if highest < 0:  # nothing to learn: a gradient of zeros reaches everything all the same
         inputs = [one for one in (embeddings_Ehw, scaled_LE, weight, bias) if one is not None]
         return torch.cat([one.flatten()[:0].float() for one in inputs])
+    if not torch.is_grad_enabled():  # a function of torch's own does not see this by itself
+        embeddings_Ehw, scaled_LE = embeddings_Ehw.detach(), scaled_LE.detach()
+        weight, bias = (None, None) if blocks is None else (blocks.weight.detach(), blocks.bias.detach())
     device = embeddings_Ehw.device.type
     dtype = torch.promote_types(embeddings_Ehw.dtype, scaled_LE.dtype)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
@@ -279,7 +238,7 @@ def dense_argmax(
 ) -> tuple[Tensor, Tensor]:
     """The best label of every pixel of a mask of `size` (H, W): classes_NHW int64, probabilities_NHW float32.
 
-    In float32 also under autocast; held is no more than in `dense_cross_entropy`.
+    In float32 also under autocast; no more than `bands.values_held` is held beside what comes out.
     """
     blocks = _in_hand(regularisation)
     classes_NHW = torch.empty(len(embeddings_NEhw), *size, dtype=torch.long, device=embeddings_NEhw.device)
@@ -289,8 +248,8 @@ def dense_argmax(
         scaled_LE = (labels_LE * temperature).float()
         for image, embeddings_Ehw in enumerate(embeddings_NEhw):
             for band in bands(height, width, len(labels_LE), size[0], blocks, values_at_once, torch.float32):
-                logits_RwL = _product(embeddings_Ehw[:, band.top : band.bottom].float(), scaled_LE)
-                logits_RwL = _regularised(logits_RwL, blocks)[band.begin : band.end].contiguous()
+                logits_RwL = product(embeddings_Ehw[:, band.top : band.bottom].float(), scaled_LE)
+                logits_RwL = regularised(logits_RwL, blocks)[band.begin : band.end].contiguous()
                 found = best_labels(logits_RwL, band.rows, size[1])
                 here = slice(band.start, band.stop)
                 classes_NHW[image, here], chances_NHW[image, here] = found

@@ -153,8 +153,11 @@ def losses_and_gradient(
             if not all(every[here]):
                 chances_PL.mul_(valid_RW[here].reshape(-1, 1))
             grad_SWL[slice(*near.span)].flatten(1).addmm_(weights_RS.T, chances_PL.view(stop - start, -1))
+            del logits_PL, chances_PL  # before the next ones are made
+        del wide_SWL
         if gradient_hwL is not None and grad_SWL is not None:
             gradient_hwL[begin:end] += narrow(grad_SWL, logits_hwL.shape[1])
+            del grad_SWL
     return losses_RW.mul_(valid_RW), gradient_hwL
 
 
