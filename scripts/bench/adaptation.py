@@ -8,7 +8,8 @@ held-out images: the mean of colour's and shape's accuracy.
     python scripts/bench/adaptation.py                       all methods, 3 seeds: hours on one core
     python scripts/bench/adaptation.py --only lora,bitfit --seeds 1 --steps 20
     python scripts/bench/adaptation.py --costs               costs alone, one method at a time
-    python scripts/bench/adaptation.py --table               the table and the plot of what is there
+    python scripts/bench/adaptation.py --table               the tables and the plot of what is there
+    python scripts/bench/adaptation.py --table --page docs/adaptation_costs.md   and put them into the page
 
 Stopped, it goes on: a method and seed that has its file is not run again. Costs are CPU-seconds of one
 thread; run them on a machine that does nothing else.
@@ -32,7 +33,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from adaptation_table import read_results, table, write_plot  # noqa: E402
+from adaptation_table import into_page, read_results, tables, write_plot  # noqa: E402
 from plans import PLANS  # noqa: E402
 
 DATA = Path("data/easy-vqa")
@@ -236,6 +237,7 @@ def main() -> None:
     parser.add_argument("--costs", action="store_true", help="costs alone")
     parser.add_argument("--timed", type=int, default=5, help="steps that are timed for the costs: 1 to 5")
     parser.add_argument("--table", action="store_true", help="only what is there")
+    parser.add_argument("--page", type=Path, help="a page to put the tables into, the plot beside it")
     parser.add_argument("--output", type=Path, default=Path("outputs/adaptation"))
     given = parser.parse_args()
     names = given.only.split(",") if given.only else list(PLANS)
@@ -280,9 +282,11 @@ def main() -> None:
             run_all(work, given.at_once)
         run_all(bound, 1)
     results = read_results(output, list(PLANS))
-    print(table(results))
+    print(tables(results))
     write_plot(results, output / "adaptation.png")
     print(f"\n{output / 'adaptation.png'}")
+    if given.page:
+        into_page(results, given.page)
 
 
 if __name__ == "__main__":

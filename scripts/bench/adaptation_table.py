@@ -6,13 +6,19 @@ Knows the results' files; knows nothing about training.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-SIDES = {"vision": "#1b8a5a", "language": "#2456c7", "both": "#8a4fb8", "none": "#6b7280"}
+BEGIN, END = "<!-- written by scripts/bench/adaptation.py -->", "<!-- until here -->"
+SIDES = {
+    "vision": "#1b8a5a",
+    "language": "#2456c7",
+    "both": "#8a4fb8",
+    "connector": "#c2410c",
+    "none": "#6b7280",
+}
 
 
 @dataclass
@@ -36,17 +42,38 @@ def read_results(output: Path, names: list[str]) -> list[Result]:
 
     found = []
     for name in names:
-        sides = {str(line["where"]) for line in PLANS[name]} - {"connector"}
+        sides = {str(line["where"]) for line in PLANS[name]}
         side = "both" if len(sides) > 1 else next(iter(sides), "none")
         result = Result(name, side)
-        file = output / f"costs-{name}.json"
-        if file.is_file():
-            result.costs = json.loads(file.read_text())
+        for kind in ("counts", "costs"):  # from shapes alone, and measured
+            file = output / f"{kind}-{name}.json"
+            if file.is_file():
+                result.costs |= json.loads(file.read_text())
         for path in sorted(output.glob(f"{name}-[0-9].json")):
             result.runs.append(json.loads(path.read_text()))
         if result.costs or result.runs:
             found.append(result)
     return found
+
+
+def tables(results: list[Result]) -> str:
+    """A Markdown table for each family, under its name."""
+    from plans import FAMILIES
+
+    parts = []
+    for family, plans in FAMILIES.items():
+        here = [one for one in results if one.name in plans]
+        if here:
+            parts.append(f"### {family[0].upper()}{family[1:]}\n\n{table(here)}")
+    return "\n\n".join(parts)
+
+
+def into_page(results: list[Result], page: Path) -> None:
+    """Put the tables where a page has them, between its two marks, and draw the plot beside it."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
+    write_plot(results, page.parent / "adaptation.png")
 
 
 def table(results: list[Result]) -> str:
@@ -68,9 +95,9 @@ def table(results: list[Result]) -> str:
             f"{costs['trained']:,}" if costs else "",
             f"{costs['share']:.3%}" if costs else "",
             _bytes(costs["stored"]) if costs else "",
-            _bytes(costs["saved_activations"]) if costs else "",
-            _bytes(costs["peak_memory"]) if costs else "",
-            f"{costs['cpu_seconds_a_step']:.2f}" if costs else "",
+            _bytes(costs["saved_activations"]) if "saved_activations" in costs else "",
+            _bytes(costs["peak_memory"]) if "peak_memory" in costs else "",
+            f"{costs['cpu_seconds_a_step']:.2f}" if "cpu_seconds_a_step" in costs else "",
             scores,
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -85,37 +112,69 @@ def _bytes(count: float) -> str:
 
 
 def write_plot(results: list[Result], path: Path) -> None:
-    """Accuracy against what is stored; a dot's area is what is kept for the backward pass."""
+    """A line for each method, by family, the best first: accuracy of each seed, bytes stored, bytes kept."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [one for one in results if one.costs and one.runs]
-    if not shown:
+    lines = _lines(results)
+    if not lines:
         return
-    figure = Figure(figsize=(10, 6.2), dpi=150, layout="constrained")
+    bottom = min(at for at, _, _ in lines)
+    figure = Figure(figsize=(10, 0.8 - 0.185 * bottom), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e6e8ee", linewidth=0.8)
-    axes.set_axisbelow(True)
-    most = max(one.costs["saved_activations"] for one in shown) or 1
-    labels: list[tuple[float, float]] = []
-    for one in sorted(shown, key=lambda one: -(one.accuracy or 0)):
-        stored, score = max(one.costs["stored"], 1e3), one.accuracy
-        area = 30 + 500 * one.costs["saved_activations"] / most
-        axes.scatter(stored, score, s=area, color=SIDES[one.side], alpha=0.55, linewidth=0)
-        low, high = (100 * f(run["accuracy"] for run in one.runs) for f in (min, max))
-        axes.plot([stored, stored], [low, high], color=SIDES[one.side], linewidth=1)
-        across, up = math.log10(stored) + 0.08, score
-        while any(abs(across - x) < 1.0 and abs(up - y) < 2.6 for x, y in labels):
-            up -= 0.4
-        labels.append((across, up))
-        axes.annotate(one.name, (10**across, up), fontsize=7, va="center")
-    axes.set_xscale("log")
-    axes.set_xlabel("bytes stored beside the base")
-    axes.set_ylabel("colour and shape questions answered, %")
+    accuracy, stored, kept = figure.subplots(1, 3, sharey=True, width_ratios=(5, 3, 3))
+    for axes, title in (
+        (accuracy, "colour and shape questions answered, %\n(dot: mean; small: each seed)"),
+        (stored, "bytes stored\nbeside the base"),
+        (kept, "bytes kept for\nthe backward pass"),
+    ):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(axis="x", color="#e6e8ee", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8, length=0)
+        axes.set_ylim(bottom - 1, 1.2)
+    accuracy.set_xlim(0, 100)
+    for axes, ticks in ((stored, (1e4, 1e5, 1e6, 1e7, 1e8)), (kept, (3e7, 1e8, 3e8))):
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [_bytes(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
+    for at, family, one in lines:
+        if one is None:
+            accuracy.text(0, at, family, fontsize=8.5, fontweight="bold", va="center")
+            continue
+        colour, score = SIDES[one.side], one.accuracy
+        if score is not None:
+            each = [100 * run["accuracy"] for run in one.runs]
+            accuracy.plot([min(each), max(each)], [at, at], color=colour, linewidth=1, alpha=0.6)
+            accuracy.scatter(each, [at] * len(each), s=6, color=colour, alpha=0.6, linewidth=0)
+            accuracy.scatter(score, at, s=34, color=colour, linewidth=0)
+        if one.costs.get("stored"):
+            stored.scatter(one.costs["stored"], at, s=34, color=colour, linewidth=0)
+        if one.costs.get("saved_activations"):
+            kept.scatter(one.costs["saved_activations"], at, s=34, color=colour, linewidth=0)
+    named = [(at, one.name) for at, _, one in lines if one is not None]
+    accuracy.set_yticks([at for at, _ in named], [name for _, name in named])
     for side, colour in SIDES.items():
-        if any(one.side == side for one in shown):
-            axes.scatter([], [], s=60, color=colour, alpha=0.55, linewidth=0, label=side)
-    axes.legend(frameon=False, title="side (area: kept for backward)", fontsize=8, title_fontsize=8)
+        if any(one is not None and one.side == side for _, _, one in lines):
+            kept.scatter([], [], s=34, color=colour, linewidth=0, label=side)
+    kept.legend(frameon=False, title="side", fontsize=8, title_fontsize=8, loc="lower right")
     figure.savefig(path)
+
+
+def _lines(results: list[Result]) -> list[tuple[float, str, Result | None]]:
+    """(height, family, method or None for the family's own line), from the top down."""
+    from plans import FAMILIES
+
+    lines: list[tuple[float, str, Result | None]] = []
+    at = 0.0
+    for family, plans in FAMILIES.items():
+        here = [one for one in results if one.name in plans]
+        if here:
+            lines.append((at, family, None))
+            at -= 1
+        for one in sorted(here, key=lambda one: -(one.accuracy or 0)):
+            lines.append((at, family, one))
+            at -= 1
+        at -= 0.4 if here else 0
+    return lines
