@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def test_open_clip_equals_encode_text(tmp_path: Path) -> None:
             ours = encoder(TEXTS)
         assert ours.dtype == torch.float32 and ours.shape == (3, encoder.width) == (3, 24)
         assert (ours - theirs).abs().max() < CLOSE
+    twin = copy.deepcopy(encoder)
+    assert twin.model.get_input_embeddings() is twin.model.token_embedding
     del text_only["ln_final.bias"]
     save_file(text_only, tmp_path / "cut.safetensors")
     with pytest.raises(UserError, match="1 missing .ln_final.bias") as caught:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import open_clip
@@ -36,7 +37,8 @@ class OpenClipText(TextEncoder):
         super().__init__(text, text.output_dim or getattr(text, "width", 0), names, tokenizer.context_length)
         self.tokenizer = tokenizer
         if own and not hasattr(text, "get_input_embeddings"):
-            text.get_input_embeddings = lambda: text.token_embedding  # as every transformers model has
+            # As every model of transformers has; a bound method, so that a copy of the model has its own.
+            text.get_input_embeddings = MethodType(_input_embeddings, text)
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """As in TextEncoder."""
@@ -53,6 +55,10 @@ class OpenClipText(TextEncoder):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """As in TextEncoder."""
         self.model.set_grad_checkpointing(enabled)
+
+
+def _input_embeddings(text: Any) -> Any:
+    return text.token_embedding
 
 
 def build(name: str, source: Source) -> TextEncoder:
