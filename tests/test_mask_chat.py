@@ -87,7 +87,9 @@ def test_one_question_writes_an_overlay(
         check_mode("inlin")
 
 
-def test_an_overlay_colours_the_mask_and_leaves_the_rest(tmp_path: Path) -> None:
+def test_an_overlay_colours_the_mask_and_leaves_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.full((60, 80, 3), 100, np.uint8)
     (tmp_path / "grey.png").write_bytes(asking.png(pixels))
     inside = np.zeros((60, 80), bool)
@@ -102,8 +104,12 @@ def test_an_overlay_colours_the_mask_and_leaves_the_rest(tmp_path: Path) -> None
     (tmp_path / "grey.png").unlink()
     with pytest.raises(UserError, match="no longer be read"):
         overlay([ReplyMask(file, inside)])
-    with pytest.raises(UserError, match="cannot be written"):
-        write(Image.new("RGB", (2, 2)), str(tmp_path / "nowhere" / "x.png"))
+    monkeypatch.chdir(tmp_path)
+    picture = Image.new("RGB", (2, 2))
+    assert write(picture, str(tmp_path / "nowhere" / "x.png")) == tmp_path / "x-mask-1.png"
+    monkeypatch.setattr(Path, "cwd", lambda: tmp_path / "nowhere")
+    with pytest.raises(UserError, match="neither to"):
+        write(picture, str(tmp_path / "nowhere" / "x.png"))
 
 
 PICTURE = Image.fromarray(np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[None], 13, 0)).convert("RGB")
@@ -204,7 +210,10 @@ def test_a_terminal_is_asked_what_it_is(
 
         monkeypatch.setattr(sys, "stdin", text_in)
         monkeypatch.setattr(sys, "stdout", Out())
+        inline.asked.cache_clear()
         assert inline.detect({"TERM": "xterm-256color"}) == wanted
+        assert inline.detect({"TERM": "xterm-256color"}) == wanted  # it is asked once
+        inline.asked.cache_clear()
         assert "".join(written) == "\033[c"
         text_in.detach()
     os.close(ours)

@@ -17,6 +17,7 @@ from vlm_adapt.config.load import validate
 from vlm_adapt.data.collate import collate
 from vlm_adapt.data.problems import Account
 from vlm_adapt.errors import UserError
+from vlm_adapt.export.merge import merge_checkpoint
 from vlm_adapt.language.language import Generation
 from vlm_adapt.language.token_row import TokenRow
 from vlm_adapt.models.build import build
@@ -232,6 +233,11 @@ def test_a_run_is_restored_and_scored(server: Any, tmp_path: Path) -> None:
     made.model.objective = again.model.objective = "masks"
     first, second = (one.model(collate(rows, **one.collate_options))[0] for one in (made, again))
     assert torch.equal(first, second)
+    receipt = merge_checkpoint(folder, tmp_path / "merged")
+    assert receipt.kept == ["masks-full"] and "language-lora" in receipt.folded
+    merged, _, _ = restore(tmp_path / "merged")
+    merged.model.objective = "masks"
+    torch.testing.assert_close(merged.model(collate(rows, **merged.collate_options))[0], first, **CLOSE)
 
 
 @pytest.mark.parametrize(

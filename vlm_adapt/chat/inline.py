@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,13 @@ def detect(environment: Mapping[str, str] | None = None, ask: bool = True) -> st
         return "kitty"
     if program in ("iTerm.app", "WezTerm", "mintty") or words.get("LC_TERMINAL") == "iTerm2":
         return "iterm2"
-    return "sixel" if ask and 4 in attributes() else None
+    return "sixel" if ask and 4 in asked() else None
+
+
+@cache
+def asked() -> set[int]:
+    """`attributes`, asked for once: what is typed in that moment would be taken for the answer."""
+    return attributes()
 
 
 def attributes() -> set[int]:

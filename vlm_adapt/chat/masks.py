@@ -6,7 +6,9 @@ Knows images, masks and file names; knows nothing about models or terminals.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -71,20 +73,27 @@ def overlay(masks: Sequence[ReplyMask], max_pixels: int = MAX_PIXELS) -> PILImag
 
 
 def write(picture: PILImage.Image, image: str) -> Path:
-    """Write a picture beside its image, under a name that is free.
+    """Write a picture beside its image, or in this folder where nothing can be written there.
+
+    Returns:
+        its file, of a name that was free.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: neither folder can be written to.
     """
-    path, number = Path(image), 1
-    while True:
-        target = path.with_name(f"{path.stem}-mask-{number}.png")
-        try:
-            with target.open("xb") as file:
-                picture.save(file, "PNG")
-            return target
-        except FileExistsError:
-            number += 1
-        except OSError as error:
-            target.unlink(missing_ok=True)
-            raise UserError(f"the mask cannot be written to '{target}': {error.strerror}") from error
+    reason = ""
+    for folder in (Path(image).parent, Path.cwd()):
+        for number in count(1):
+            target = folder / f"{Path(image).stem}-mask-{number}.png"
+            try:
+                with target.open("xb") as file:
+                    picture.save(file, "PNG")
+                return target
+            except FileExistsError:
+                continue
+            except OSError as error:
+                reason = reason or f"'{target}': {error.strerror}"
+                with suppress(OSError):
+                    target.unlink(missing_ok=True)  # of a full disk
+                break
+    raise UserError(f"the mask can be written neither to {reason}, nor to the current folder")

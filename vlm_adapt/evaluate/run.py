@@ -205,7 +205,11 @@ class _Runner:
         batch = collate(rows, **self.assembled.collate_options).to(self.device)
         settings = Generation(self.settings.max_new_tokens, synced=self.synced)
         with self.autocast():
-            written, masks = answer(self.assembled.model, batch, settings, self.assembled.stop_ids)
+            if blind:
+                written = self.assembled.model.generate(batch, settings, self.assembled.stop_ids)
+                masks: list[list[Any]] = [[] for _ in written]
+            else:
+                written, masks = answer(self.assembled.model, batch, settings, self.assembled.stop_ids)
         decode = self.assembled.tokenizer.decode
         texts = iter([decode(ids, skip_special_tokens=True).strip() for ids in written])
         counts = [sum(len(prompt.asked.questions) for prompt in item.prompts) for item in items]

@@ -73,6 +73,10 @@ def check_vision_language(run: Run, train: bool) -> None:
     check_package(model.language.weights)
     check_package(model.language.model)
     check_settings(CONNECTORS, model.connector.name, model.connector.options, "model.connector")
+    if model.masks is not None:
+        check_package(model.masks.decoder.weights)
+        if model.masks.vision is not None:
+            check_vision(model.masks.vision)
     for _, stage in run.stage_runs():
         OBJECTIVES.check(stage.train.objective)
         if stage.train.objective == "masks" and model.masks is None:

@@ -22,6 +22,8 @@ from vlm_adapt.data.token_masks import frame
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.language.language import Generation
 
+PIXELS_AT_ONCE = 2**22  # of an image whose mask is brought to its size: 50 MB
+
 
 class Watch:
     """Keeps the states that have read mask tokens; `Generation.on_states` of one batch.
@@ -103,14 +105,15 @@ def at_size(logits_hw: Tensor, spec: ImageSpec, height: int, width: int) -> np.n
         places = (torch.arange(length, dtype=torch.float32) + 0.5) / length * inner + first
         axes.append(places / whole * 2 - 1)
     y_H, x_W = axes
-    grid_HW2 = torch.stack([x_W.expand(height, width), y_H[:, None].expand(height, width)], -1)
-    drawn_HW = functional.grid_sample(
-        logits_hw.detach().float().cpu()[None, None],
-        grid_HW2[None],
-        mode="bilinear",
-        padding_mode="border",
-        align_corners=False,
-    )[0, 0]
-    seen_HW = (y_H.abs() <= 1)[:, None] & (x_W.abs() <= 1)[None]
-    inside_HW: np.ndarray = ((drawn_HW > 0) & seen_HW).numpy()
+    low_11hw = logits_hw.detach().float().cpu()[None, None]
+    inside_HW = np.empty((height, width), bool)
+    rows = max(1, PIXELS_AT_ONCE // width)
+    for start in range(0, height, rows):
+        y_R = y_H[start : start + rows]
+        grid_RW2 = torch.stack([x_W.expand(len(y_R), width), y_R[:, None].expand(len(y_R), width)], -1)
+        drawn_RW = functional.grid_sample(
+            low_11hw, grid_RW2[None], mode="bilinear", padding_mode="border", align_corners=False
+        )[0, 0]
+        seen_RW = (y_R.abs() <= 1)[:, None] & (x_W.abs() <= 1)[None]
+        inside_HW[start : start + rows] = ((drawn_RW > 0) & seen_RW).numpy()
     return inside_HW
