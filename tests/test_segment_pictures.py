@@ -26,6 +26,23 @@ def test_colours_are_a_labels_own() -> None:
     assert dict(zip(backwards, colours(backwards), strict=True)) == usual
     assert colours(["tree"]) == [usual["tree"]] and colours(["sky", "cat", "sky"])[::2] == [usual["sky"]] * 2
     assert usual["tree"][1] > max(usual["tree"][0], usual["tree"][2])  # green, as readers expect
+    expected = [
+        "other",
+        "sky",
+        "tree",
+        "grass",
+        "water",
+        "road",
+        "pavement",
+        "people",
+        "sign",
+        "soil",
+        "house",
+        "car",
+    ]
+    together = colours(expected)  # each keeps its own beside all others
+    assert [colours([name])[0] for name in expected] == together
+    assert min(distance(*pair) for pair in itertools.combinations(together, 2)) > 0.05
 
 
 @pytest.mark.parametrize(("count", "apart"), [(2, 0.17), (5, 0.17), (7, 0.13), (12, 0.09), (30, 0.03)])
