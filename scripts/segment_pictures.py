@@ -45,7 +45,7 @@ class Scene:
         soft = self.picture.resize(SIZE, Image.Resampling.LANCZOS)
         light = np.linspace(1.08, 0.86, SIZE[1])[:, None, None]
         grain = np.asarray(
-            Image.fromarray(self.draws.normal(128, 24, SIZE[::-1]).clip(0, 255).astype(np.uint8)).filter(
+            Image.fromarray(self.draws.normal(128, 7, SIZE[::-1]).clip(0, 255).astype(np.uint8)).filter(
                 ImageFilter.GaussianBlur(1.2)
             )
         )
@@ -93,12 +93,12 @@ def main(folder: Path) -> None:
     pixels, mask = scene(3)
     shares = [float((mask == value).mean()) for value in range(len(NAMES))]
     page = overlay(pixels, mask, NAMES, colours(NAMES), shares)
-    write_png(folder / "segment_overlay.png", page.quantize(256))
+    write_png(folder / "segment_overlay.png", page)
     rows = []
     for seed, missed in ((3, ("sun",)), (5, ("cat",)), (8, ("house",))):
         pixels, truth = scene(seed)
         rows.append(SampleRow(pixels, truth, scene(seed, missed)[1], f"scene-{seed}"))
-    write_png(folder / "segment_samples.png", samples_page(rows, NAMES).quantize(256))
+    write_png(folder / "segment_samples.png", samples_page(rows, NAMES))
 
 
 if __name__ == "__main__":
