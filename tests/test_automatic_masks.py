@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_sam
 import torch
 
-from tests import tiny_sam
 from vlm_adapt.data.long_side import Frame
 from vlm_adapt.errors import UserError
 from vlm_adapt.models.automatic_masks import AutomaticMasks, FoundMask, box_nms, crops_of

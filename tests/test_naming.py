@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_sam
 import torch
 from torch.nn import functional
 
-from tests import tiny_sam
 from vlm_adapt.data.images import resize
 from vlm_adapt.errors import UserError
 from vlm_adapt.heads.sam_words import WordPrompt

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_sam
 import torch
 from safetensors.torch import save_file
 
-from tests import tiny_sam
 from vlm_adapt.adapt.plan import apply_plan
 from vlm_adapt.config.schema import Adapt
 from vlm_adapt.data.long_side import Frame, fit_long_side, fit_mask

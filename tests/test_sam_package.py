@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_sam
 import torch
+from mobile_sam_forward import MobileSam
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from tests import tiny_sam
-from tests.mobile_sam_forward import MobileSam
 from vlm_adapt import weights
 from vlm_adapt.data.images import decode
 from vlm_adapt.models.promptable import Promptable

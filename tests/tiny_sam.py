@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 
-from tests import tiny
 from vlm_adapt.config.models import Promptable as Config
 from vlm_adapt.heads.sam import SamDecoder
 

@@ -43,7 +43,7 @@ def float32_kept(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 class ExactPositions(nn.Module):
     """SAM's random Fourier features of places: fixed, and in float32 whatever the computation is in.
 
-    bfloat16 has 8 bits: a place in 1024 pixels would move by up to 4 of them.
+    bfloat16 has 8 bits: in a square of 1024 pixels places would move by some of them.
     """
 
     def __init__(self, width: int):

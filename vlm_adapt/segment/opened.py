@@ -40,7 +40,7 @@ def locate(checkpoint: str | Path) -> str | Path:
         UserError: neither.
     """
     name = str(checkpoint)
-    if name in UNTRAINED or Path(name).suffix in (".yaml", ".yml"):
+    if name in UNTRAINED or _is_file(name):
         return name
     if name.startswith("package:"):
         raise UserError(
@@ -60,14 +60,13 @@ def config_of(checkpoint: str | Path) -> Any:
     """
     from pydantic import TypeAdapter
 
-    from vlm_adapt.config.load import read_yaml, validate
     from vlm_adapt.config.models import AnyModel
 
     name = str(checkpoint)
     if name in UNTRAINED:
         return TypeAdapter(AnyModel).validate_python(UNTRAINED[name])
-    if Path(name).suffix in (".yaml", ".yml"):
-        return validate(read_yaml(Path(name).expanduser()), name).model
+    if _is_file(name):
+        return _run(name).model
     from vlm_adapt.models.restore import read_checkpoint
 
     run, _ = read_checkpoint(Path(checkpoint))
@@ -81,13 +80,26 @@ def load(checkpoint: str | Path) -> Opened:
         UserError: a part of it cannot be had.
     """
     name = str(checkpoint)
-    if name in UNTRAINED or Path(name).suffix in (".yaml", ".yml"):
+    if name in UNTRAINED or _is_file(name):
         from vlm_adapt.models.build import build, compute_dtype
 
-        assembled = build(config_of(name), compute_dtype("auto"))
+        told = None if name in UNTRAINED else _run(name)
+        bf16, seed = ("auto", 0) if told is None else (told.train.bf16, told.seed)
+        assembled = build(config_of(name), compute_dtype(bf16), seed)
         assembled.model.requires_grad_(False).eval()
-        return Opened(assembled, None)
+        return Opened(assembled, None if told is None else told.data.max_pixels)
     from vlm_adapt.models.restore import restore_any
 
     assembled, run, _ = restore_any(checkpoint)
     return Opened(assembled, run.data.max_pixels)
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def _run(name: str) -> Any:
+    """The run that a configuration file describes."""
+    from vlm_adapt.config.load import read_yaml, validate
+
+    return validate(read_yaml(Path(name).expanduser()), name)
