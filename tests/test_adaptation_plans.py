@@ -1,4 +1,4 @@
-"""The comparison of methods leaves none out: each has a plan, or a reason why this model cannot take it."""
+"""The comparison of methods leaves none out: each has a plan, or a reason why it has no place there."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ SIDES = {
     "vision": "#1b8a5a",
     "language": "#2456c7",
     "both": "#8a4fb8",
-    "connector": "#c2410c",
     "none": "#6b7280",
 }
 

@@ -100,9 +100,6 @@ FAMILIES: dict[str, Plans] = {
         "prompt_tuning": language("prompt_tuning", num_virtual_tokens=20, learning_rate=2e-2),
         "p_tuning": language("p_tuning", num_virtual_tokens=20, encoder_hidden_size=384),
         "prefix_tuning": language("prefix_tuning", num_virtual_tokens=80, learning_rate=1e-2),
-        "learned_queries": [
-            {"method": "learned_queries", "where": "connector", "tokens": 4, "learning_rate": 2e-2}
-        ],
         "side_tuning": language("side_tuning", r=8),
         "lora_back_razor": [*attention("lora", r=8), *language("back_razor")],
     },
@@ -120,7 +117,8 @@ FAMILIES: dict[str, Plans] = {
     },
 }
 PLANS: Plans = {name: lines for family in FAMILIES.values() for name, lines in family.items()}
-# Methods that this model cannot take, and why.
+# Methods that have no place in this comparison, and why.
 NOT_HERE = {
+    "learned_queries": "is for the connector, which here trains whole beside every method",
     "visual_prompt": "is for plain ViTs, and TinyViT attends in windows: visual_prompt_windows is its like",
 }
