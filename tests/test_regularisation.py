@@ -110,7 +110,7 @@ def test_weights_in_hand_outlive_the_module() -> None:
         (("bottlenek",), "did you mean 'bottleneck'"),
         (("depthwise", 0), "regularisation_depth"),
         (("depthwise", True), "regularisation_depth"),
-        (("depthwise", 1, "gelu"), "head.activation"),
+        (("depthwise", 1, "gelu"), "head.regularisation_activation"),
     ],
 )
 def test_bad_settings(arguments: tuple[object, ...], word: str) -> None:

@@ -37,9 +37,6 @@ class _Total(torch.autograd.Function):
 class SharedBatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm2d, of which three things differ.
 
-    Attributes:
-        counts: whether this rank's images are any: False for one that stands in where a rank has none.
-
     While it trains, mean and variance are those of all ranks' images (two sums over ranks each way, in the
     order of the calls, which is every rank's), and so are the running ones. It trains only where its weight
     does: in a frozen head it stays with the running statistics, as in evaluation. And images may be left out
@@ -49,8 +46,6 @@ class SharedBatchNorm(nn.BatchNorm2d):
         counts: whether the images to come are any; one that stands in for none (a rank that ran out of them)
             has no part in the statistics.
     """
-
-    counts = True
 
     counts = True
 

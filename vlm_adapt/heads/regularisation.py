@@ -98,7 +98,7 @@ class Regularisation(nn.Module):
             raise UserError(f"head.regularisation_depth is a whole number from 1, not {depth!r}")
         if activation not in ACTIVATIONS:
             raise UserError(
-                f"head.activation is one of {', '.join(ACTIVATIONS)}, not '{activation}'"
+                f"head.regularisation_activation is one of {', '.join(ACTIVATIONS)}, not '{activation}'"
                 f"{nearest(activation, ACTIVATIONS)}"
             )
         self.kind, self.depth, self.activation = kind, depth, activation
