@@ -106,6 +106,14 @@ def test_gradients_go_where_they_belong(tree: dict[str, Any], made: Any) -> None
     assert not table.requires_grad and not any("row" in name for name, _ in model.language.named_parameters())
 
 
+def test_a_cast_rounds_nothing(made: Any) -> None:
+    """What draws masks stays as it is in float32 when a model is brought to bfloat16."""
+    before = {name: value.clone() for name, value in made.model.masks.state_dict().items()}
+    made.model.masks.to(torch.bfloat16)
+    after = made.model.masks.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_mask_losses_by_hand() -> None:
     logits = torch.tensor([[[2.0, -1.0], [0.5, 3.0]], [[1.0, 1.0], [1.0, 1.0]]])
     targets = torch.tensor([[[1, 0], [1, 255]], [[255, 255], [255, 255]]], dtype=torch.uint8)

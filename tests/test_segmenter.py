@@ -70,6 +70,16 @@ def test_the_loss_is_the_papers(folder: Path) -> None:
     assert batch.learned == len(losses_V) and len(set(batch.labels)) == 2
 
 
+def test_a_learned_temperature_begins_where_lsegs_is(folder: Path) -> None:
+    """Also where the head is in bfloat16, whose nearest number to its logarithm gives 14.24."""
+    run = validate(tiny_masks.run_tree(folder, model__temperature="learned"), "x")
+    model = build(run.model, torch.bfloat16, 0).model
+    with torch.no_grad():
+        found = model.connector.temperature(torch.zeros(1))
+    assert found.item() == pytest.approx(1 / 0.07, rel=1e-6)
+    assert model.connector.head.out.weight.dtype == torch.bfloat16
+
+
 def test_batches_may_be_cut_in_any_way(folder: Path) -> None:
     """The loss and the gradients of six images are those of one and five, without batch norms."""
     assembled, reader = made(folder, model__head={"channels": 16, "norm": "none"})
@@ -111,7 +121,7 @@ def test_no_image_still_runs_everything(folder: Path) -> None:
 
 
 def test_trains_saves_goes_on_and_comes_back(folder: Path, tmp_path: Path) -> None:
-    """The loss falls; a run that was stopped ends bit by bit like one that was not; the checkpoint answers."""
+    """The loss falls; a run that was stopped ends bit by bit as one that was not; the checkpoint answers."""
     changes = {"train__max_steps": 12, "train__learning_rate": 5e-3, "train__save_steps": 6}
     tree = tiny_masks.run_tree(folder, str(tmp_path / "whole"), **changes)
     assert train(validate(copy.deepcopy(tree), "x")) == 0
@@ -125,9 +135,7 @@ def test_trains_saves_goes_on_and_comes_back(folder: Path, tmp_path: Path) -> No
     (tmp_path / "again" / "latest").write_text("checkpoint-6")
     assert train(validate(copy.deepcopy(tree), "x")) == 0
     again, _, _ = restore_any(tmp_path / "again")
-    for one, other in zip(
-        whole.model.state_dict().values(), again.model.state_dict().values(), strict=True
-    ):
+    for one, other in zip(whole.model.state_dict().values(), again.model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     journal = (tmp_path / "whole" / "journal.jsonl").read_text()
     import json

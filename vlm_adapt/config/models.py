@@ -96,7 +96,9 @@ class Head(OpenSection):
     name: str = "dpt"
     regularisation: Literal["none", "depthwise", "bottleneck"] = "none"
     regularisation_depth: int = Field(1, gt=0, description="how often the block is repeated")
-    regularisation_activation: Literal["relu", "lrelu", "tanh"] = "relu"
+    regularisation_activation: Literal["relu", "lrelu", "tanh"] = Field(
+        "lrelu", description="between blocks; LSeg's is lrelu"
+    )
 
 
 class TextEncoder(Section):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from vlm_adapt.config.schema import Promptable, Run, Segmenter, TextEncoder
 from vlm_adapt.errors import UserError
 from vlm_adapt.heads import HEADS
-from vlm_adapt.models.check import check_package, check_settings, check_vision
+from vlm_adapt.models.check import check_package, check_settings
 from vlm_adapt.text import library_of
 
 
@@ -30,7 +30,6 @@ def check_promptable(run: Run, train: bool) -> None:
     """Decoder and text encoder of a promptable model."""
     model = run.model
     assert isinstance(model, Promptable)
-    check_vision(model.vision)
     check_package(model.decoder.weights)
     if model.text is not None:
         _check_text(model.text)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vlm_adapt.heads.sam import SamDecoder
+from vlm_adapt.heads.sam import SamDecoder, float32_kept
 from vlm_adapt.heads.sam_neck import SamNeck
 from vlm_adapt.language.token_row import TokenRow
 
@@ -49,9 +49,7 @@ class MaskToken(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskToken:
         """As usual, but always float32: it is small, and places on the image need the bits."""
-        super()._apply(fn, recurse)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.float()
+        super()._apply(float32_kept(fn), recurse)
         return self
 
     def forward(self, features_JPE: Tensor, states_MD: Tensor, images_M: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.build import vision_tower
 from vlm_adapt.models.fingerprint import marks, own_marks
 from vlm_adapt.models.promptable import Promptable, PromptConnector
+from vlm_adapt.models.texts import text_encoder
 from vlm_adapt.quiet import quiet
 from vlm_adapt.text.labels import LabelEmbeddings
 from vlm_adapt.vision.tower import Tower
@@ -102,8 +103,6 @@ def build(
     place = torch.device("meta") if empty else nullcontext()
     labels = None
     if config.text is not None:
-        from vlm_adapt.models.segmenter_build import text_encoder  # brings dense heads along
-
         labels = LabelEmbeddings(text_encoder(config.text, dtype, empty), config.text.templates)
     with place:
         tower = vision_tower(config.vision, dtype, empty)

@@ -7,8 +7,9 @@ pickle: a checkpoint may have been sent by anyone.
         run.yaml            the whole run, every default written out
         state.json          step, stage, stream cursor, totals; the plan's lines, and marks of the base
         <part>-<method>/    what was trained: peft's own format for LoRA, else model.safetensors
-        tokenizer/
-        connector-statistics.safetensors    of a connector with `normalise: data`
+        tokenizer/          of a model that answers in words
+        connector-statistics.safetensors    what a connector measured and did not train: means and
+                            deviations of `normalise: data`, running statistics of batch norms
         optimizer.safetensors, random-<rank>.safetensors     to go on training
 """
 

@@ -111,7 +111,8 @@ def build(
             Temperature(config.temperature),
         )
     labels = LabelEmbeddings(encoder, config.text.templates)
-    model = Segmenter(tower, head.to(dtype), labels, layers).eval()
+    head.head.to(dtype)  # the rest is eleven numbers: a temperature in bfloat16 would begin at 14.24
+    model = Segmenter(tower, head, labels, layers).eval()
     plain = {
         "name": config.head.name,
         "options": config.head.options,
