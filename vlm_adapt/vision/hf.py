@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.hf_load import image_spec_of, load_model
+from vlm_adapt.vision.hf_sam import SamTower
 from vlm_adapt.vision.loading import Source
 from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms, taken
 
@@ -221,6 +222,9 @@ def _grid_of(shape: torch.Size, image_spec: ImageSpec, model: Any) -> tuple[int,
     return side, side
 
 
+OWN: dict[str, Callable[[Any, ImageSpec, bool | None], Tower]] = {"sam_vision_model": SamTower}
+
+
 def build(
     name: str, source: Source, image_size: int | tuple[int, int] | None, final_norm: bool | None = None
 ) -> Tower:
@@ -236,7 +240,7 @@ def build(
         interpolate_positions(model, resized.size)
         tower: Tower = HFTower(model, family, resized, final_norm)
     else:
-        tower = WholeModelTower(model, resized, final_norm)
+        tower = OWN.get(model.config.model_type, WholeModelTower)(model, resized, final_norm)
     tower.notes += notes
     return tower
 

@@ -31,7 +31,10 @@ from vlm_adapt.image_spec import (
 from vlm_adapt.vision.loading import Source, complain, note_left_out, read_state, unreachable
 
 # Weights of a checkpoint that a tower of patch features has no use for.
-LEFT_OUT = ("text_", "logit_", "visual_projection", "head.", "pooler.", "classifier", "decoder.", "lm_head")
+LEFT_OUT = (
+    *("text_", "logit_", "visual_projection", "head.", "pooler.", "classifier", "decoder.", "lm_head"),
+    *("prompt_encoder.", "mask_decoder.", "shared_image_embedding."),  # of SAM
+)
 INTERPOLATIONS = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 log = logging.getLogger(__name__)
 
