@@ -28,6 +28,8 @@ from vlm_adapt.metrics.segment import Confusion, NamedConfusion
 from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.dense_inference import DenseInference
 
+SHOWN = 6  # images of a label set that are drawn beside their masks
+
 
 def evaluate(
     assembled: AssembledModel,
@@ -74,6 +76,7 @@ def evaluate(
     rows = sorted((row for part in dist.gather(runner.rows) for row in part), key=lambda row: row["number"])
     loss, pixels = dist.total([runner.loss, runner.pixels])
     scores = scores_of(confusions, settings.unseen, loss / pixels if pixels else None, rows)
+    scores.shown = runner.shown
     scores.metrics |= {"samples": len(chosen), "samples_available": count}
     scores.metrics |= {"samples_in_shards": sum(map(len, reader.sets)), "account": account.to_dict()}
     return scores
@@ -106,6 +109,7 @@ class _Runner:
         self.account.lose_all(reader.problems if dist.is_main() else [])
         self.confusions: dict[str, NamedConfusion] = {}
         self.rows: list[dict[str, Any]] = []
+        self.shown: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
         self.loss, self.pixels = 0.0, 0
 
     def run(self, numbers: list[int], of_all: int) -> None:
@@ -140,6 +144,8 @@ class _Runner:
             classes_HW, _ = self.inference.classes(whole.pixels_HWC, whole.labels)
         name = self.reader.source_of(number)
         self.confusions.setdefault(name, NamedConfusion()).add(classes_HW, whole.mask_HW, whole.labels)
+        if dist.is_main() and len(kept := self.shown.setdefault(tuple(whole.labels), [])) < SHOWN:
+            kept.append((whole.pixels_HWC, whole.mask_HW, classes_HW, whole.key))
         one = Confusion(len(whole.labels))
         one.add(classes_HW, whole.mask_HW)
         figures = {"miou": one.miou(), "pixel_accuracy": one.pixel_accuracy()}

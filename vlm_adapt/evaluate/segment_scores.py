@@ -32,10 +32,12 @@ class SegmentScores(Scores):
     Attributes:
         confusions: by the name of the source, or of sources with one label set.
         unseen: the labels whose scores are given apart, as the data write them.
+        shown: some images of each label set: (pixels_HWC, truth_HW, predicted_HW, key).
     """
 
     confusions: dict[str, NamedConfusion] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+    shown: dict[tuple[str, ...], list[tuple[Any, ...]]] = field(default_factory=dict)
 
     def table(self) -> str:
         """A line a class and, for comparison, a line a baseline; one table a label set."""
@@ -53,8 +55,9 @@ class SegmentScores(Scores):
         return "\n\n".join(blocks)
 
     def write(self, folder: Path) -> None:
-        """`confusion.csv` (pixels, a row a true class) and `confusion.png`, a pair a label set."""
+        """`confusion.csv` (pixels, a row a true class), `confusion.png`, `samples.png` of each label set."""
         from vlm_adapt.report.confusion import confusion_picture
+        from vlm_adapt.report.segmentation import SampleRow, write_samples
 
         for place, (name, confusion) in enumerate(self.confusions.items()):
             end = f"-{place}" if len(self.confusions) > 1 else ""
@@ -65,6 +68,9 @@ class SegmentScores(Scores):
                 writer.writerows([label, *row] for label, row in zip(labels, counts_CC.tolist(), strict=True))
             title = f"Confusion of classes, {name}"
             confusion_picture(counts_CC, labels, folder / f"confusion{end}.png", title, self.unseen)
+        for place, (names, rows) in enumerate(self.shown.items()):
+            end = f"-{place}" if len(self.shown) > 1 else ""
+            write_samples(folder / f"samples{end}.png", [SampleRow(*row) for row in rows], names)
 
 
 def gathered(own: Mapping[str, NamedConfusion], sources: Sequence[str]) -> dict[str, NamedConfusion]:
