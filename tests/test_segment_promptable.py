@@ -140,6 +140,10 @@ def test_names_need_a_segmenter_and_labels(folder: Path, capsys: pytest.CaptureF
     (folder / "named" / "state.json").write_text("{}")
     assert segment("--everything", "--name-with", "named") == 2
     assert "--name-with chooses among words" in capsys.readouterr().err
+    (folder / "named" / "run.yaml").write_text(Path("sam.yaml").read_text())
+    (folder / "named" / "state.json").write_text('{"step": 1, "stage": 0, "labels": [], "plan": []}')
+    assert segment("--everything", "--name-with", "named", "--labels", "road") == 2
+    assert "of kind promptable: --name-with needs a segmenter" in capsys.readouterr().err
 
 
 def test_models_without_a_run(folder: Path) -> None:

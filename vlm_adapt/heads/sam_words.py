@@ -38,9 +38,13 @@ class WordPrompt(nn.Module):
         """Whether it is being trained just now."""
         return torch.is_grad_enabled() and any(weight.requires_grad for weight in self.parameters())
 
-    def forward(self, vectors: Tensor) -> Tensor:
-        """vectors `[..., text_width]` to tokens `[..., 1, width]`: one token a prompt."""
-        if self.learns:
+    def forward(self, vectors: Tensor, counts: bool = True) -> Tensor:
+        """vectors `[..., text_width]` to tokens `[..., 1, width]`: one token a prompt.
+
+        Args:
+            counts: whether this is training; words that stand in for none are not.
+        """
+        if self.learns and counts:
             self.steps += 1
         found: Tensor = self.layers(vectors)
         return found.unsqueeze(-2)

@@ -23,12 +23,11 @@ from vlm_adapt.heads.sam import SamDecoder, float32_kept
 from vlm_adapt.heads.sam_neck import SamNeck
 from vlm_adapt.heads.sam_words import WordPrompt
 from vlm_adapt.image_spec import ImageSpec
-from vlm_adapt.models.objectives import OBJECTIVES
+from vlm_adapt.models.objectives.promptable import CERTAIN, promptable
 from vlm_adapt.text.labels import LabelEmbeddings
 from vlm_adapt.vision.tower import Tower
 
 PROMPTS_AT_ONCE = {"cpu": 4, "cuda": 64}  # a processor is fastest while they fit into its cache
-CERTAIN = 10.0  # logit of a mask that a person gives as a prompt
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Promptable(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Sum of the batch's losses (float32 scalar), and each one of them, detached."""
-        total, losses_N = OBJECTIVES.load("promptable")(self, batch)
+        total, losses_N = promptable(self, batch)
         for penalty in self.penalties:
             value = penalty()
             total = total if value is None else total + value * len(losses_N)

@@ -23,6 +23,7 @@ from vlm_adapt.models.naming import (
     semantic_map,
 )
 from vlm_adapt.models.promptable import ImageEmbedding, Promptable
+from vlm_adapt.models.restore import read_checkpoint, restore_any
 from vlm_adapt.segment.ask import Ask
 from vlm_adapt.segment.result import NONE, Segmentation
 from vlm_adapt.text.labels import shown
@@ -44,8 +45,6 @@ class Prompted:
         self.segmenter: Any = None
         self.automatic = AutomaticMasks(ask.grid, crop_layers=ask.crops, min_area=ask.min_area)
         if ask.name_with is not None:
-            from vlm_adapt.models.restore import restore_any
-
             named, _, _ = restore_any(ask.name_with)
             self.segmenter = named.model.to(self.model.device).eval()
         elif ask.labels:
@@ -69,6 +68,12 @@ class Prompted:
             raise UserError('--name-with chooses among words: give --labels "cat, grass, other"')
         if ask.name_with is not None and not ask.everything and not prompts:
             raise UserError("--name-with names masks: ask for them with --everything, or by --point or --box")
+        if ask.name_with is not None:
+            run, _ = read_checkpoint(ask.name_with)
+            if run.model.kind != "segmenter":
+                raise UserError(
+                    f"'{ask.name_with}' holds a model of kind {run.model.kind}: --name-with needs a segmenter"
+                )
         if ask.labels and ask.name_with is None and config.text is None:
             raise UserError(
                 "this model has no text encoder and reads no words: name its masks by a segmenter "

@@ -9,6 +9,5 @@ OBJECTIVES = Choices(
         "embedding": "vlm_adapt.models.objectives.embedding:embedding",
         "distillation": "vlm_adapt.models.objectives.distillation:distillation",
         "masks": "vlm_adapt.models.objectives.masks:masks",
-        "promptable": "vlm_adapt.models.objectives.promptable:promptable",
     },
 )

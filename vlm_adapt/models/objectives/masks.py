@@ -27,8 +27,7 @@ from torch.nn import functional
 from vlm_adapt.data.collate import Batch
 from vlm_adapt.data.token_masks import IGNORED
 from vlm_adapt.errors import UserError
-
-SMOOTH = 1.0  # pixels in Dice: two empty masks agree
+from vlm_adapt.models.objectives.promptable import dice
 
 
 def masks(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -67,9 +66,7 @@ def mask_losses(logits_Mhw: Tensor, targets_Mhw: Tensor) -> tuple[Tensor, Tensor
     inside_MP = (targets_MP == 1).float()
     each_MP = functional.binary_cross_entropy_with_logits(logits_MP, inside_MP, reduction="none")
     bce_M = (each_MP * known_MP).sum(1) / known_MP.sum(1).clamp_min(1)
-    chance_MP = logits_MP.sigmoid() * known_MP
-    both_M, all_M = (chance_MP * inside_MP).sum(1), chance_MP.sum(1) + inside_MP.sum(1)
-    return bce_M, 1 - (2 * both_M + SMOOTH) / (all_M + SMOOTH)
+    return bce_M, dice(logits_MP, inside_MP, known_MP)
 
 
 def texts_of(batch: Batch) -> tuple[Tensor, Tensor]:

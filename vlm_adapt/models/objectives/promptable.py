@@ -28,11 +28,10 @@ from torch.nn import functional
 
 from vlm_adapt.data.prompt_batch import PromptBatch, PromptGroup
 from vlm_adapt.data.prompt_draws import IGNORED
-from vlm_adapt.errors import UserError
 
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
 ALPHA = 0.25  # Focal's exponent is 2
-SMOOTH = 1.0  # pixels in Dice
+SMOOTH = 1.0  # pixels in Dice: two empty masks agree
 CERTAIN = 10.0  # logit of a mask prompt
 SEVERAL = ("point",)  # kinds of prompts that may mean several things
 
@@ -41,10 +40,8 @@ def promptable(model: Any, batch: PromptBatch) -> tuple[Tensor, Tensor]:
     """Sum over learned masks of the loss above (float32 scalar), and each one's own [T], detached.
 
     Raises:
-        UserError: words prompt a model without a text encoder, or the model is no promptable one.
+        UserError: words prompt a model without a text encoder.
     """
-    if not hasattr(model.connector, "decoder"):
-        raise UserError("train.objective 'promptable' is what model.kind 'promptable' has: leave it out")
     found = predict(model, batch)
     total: Tensor | float = 0.0
     losses: list[Tensor] = []
@@ -61,7 +58,8 @@ def promptable(model: Any, batch: PromptBatch) -> tuple[Tensor, Tensor]:
 def predict(model: Any, batch: PromptBatch) -> dict[str, tuple[Tensor, Tensor]]:
     """By kind of prompt: logits_NPMhw as they leave the decoder, and the predicted IoU_NPM; float32.
 
-    Words are left out where the model has none, or has them and neither learned nor learns to read them.
+    Words are left out where the model has no text encoder, and only there: whether it has learned them yet
+    may differ between ranks, and all run the same modules.
 
     Raises:
         UserError: the batch has words, and the model cannot be prompted by them.
@@ -88,15 +86,14 @@ def predict(model: Any, batch: PromptBatch) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _tokens(model: Any, group: PromptGroup) -> Tensor | None:
-    """Prompt tokens of words; None where there are none and the model does not read any."""
-    real, words = bool(group.there_NP.any()), model.connector.words
+    """Prompt tokens_NPTD of words; None where there are none and the model has no text encoder."""
     flat = [name for own in group.words for name in own]
-    if not real and (words is None or not (words.learns or words.trained)):
+    if group.there_NP.any():
+        tokens_L1D = model.word_tokens(flat)
+    elif model.connector.words is None:
         return None
-    steps = None if words is None else words.steps.clone()
-    tokens_L1D = model.word_tokens(flat)
-    if not real:  # a stand-in is no training: the count of steps stays what it is
-        words.steps.copy_(steps)
+    else:  # a stand-in
+        tokens_L1D = model.connector.words(model.labels(flat).to(model.device), counts=False)
     return tokens_L1D.unflatten(0, group.there_NP.shape)
 
 
