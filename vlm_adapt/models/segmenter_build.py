@@ -94,7 +94,7 @@ def build(
             "a segmenter needs images of one size: leave model.vision.options.native out, and large images "
             "are read in windows"
         )
-    encoder = text_encoder(config.text, dtype, empty)
+    encoder = text_encoder(config.text, torch.float32, empty)  # runs once a label: nothing is saved by less
     torch.manual_seed(seed)
     layers = config.vision.layers
     with place:
