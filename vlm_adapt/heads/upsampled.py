@@ -65,11 +65,10 @@ class Rows:
     def weights(self, like: Tensor) -> Tensor:
         """weights_RS of the map's S rows in `span` for each of these rows."""
         begin, end = self.span
-        weights_RS = torch.zeros(len(self), end - begin, dtype=like.dtype)
-        for row, (upper, lower, share) in enumerate(zip(self.upper, self.lower, self.shares, strict=True)):
-            weights_RS[row, upper - begin] += 1 - share
-            weights_RS[row, lower - begin] += share
-        return weights_RS.to(like.device)
+        places_R2 = torch.tensor([self.upper, self.lower], device=like.device).T - begin
+        lower_R = torch.tensor(self.shares, dtype=like.dtype, device=like.device)
+        shares_R2 = torch.stack([1 - lower_R, lower_R], 1)
+        return like.new_zeros(len(self), end - begin).scatter_add_(1, places_R2, shares_R2)
 
     def groups(self, rows: int, of_map: bool) -> Iterator[tuple[int, int]]:
         """Cut into runs of at most `rows` rows (at least one), of the mask or `of_map`."""
