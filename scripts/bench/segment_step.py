@@ -76,7 +76,8 @@ def lsegs_way(built: Any, batch: Any, autocast: Any, backward_through_text: bool
 
     def step() -> float:
         with autocast():
-            embeddings_NEhw = built.embed(batch.pixels_NCHW)
+            features = built.vision(built.vision.normalise(batch.pixels_NCHW), built.layers, class_token=True)
+            embeddings_NEhw = F.normalize(built.connector.head(features), dim=1)
             with torch.set_grad_enabled(backward_through_text):
                 labels_LE = F.normalize(encoder(list(batch.labels[0])), dim=-1)
             logits_NLhw = torch.einsum("le,nehw->nlhw", TEMPERATURE * labels_LE, embeddings_NEhw)
