@@ -79,6 +79,9 @@ def test_named_by_a_segmenter() -> None:
     assert wanted[0] > wanted[1] > wanted[2]  # half of it is red, a twelfth blue
     swapped = scores_by_segmenter(segmenter, picture(), masks, NAMES[::-1])
     np.testing.assert_allclose(swapped, scores[:, ::-1], rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):  # as the verb does it
+        half = scores_by_segmenter(segmenter, picture(), masks, NAMES)
+    np.testing.assert_allclose(half, scores, rtol=1e-5)
     assert scores_by_segmenter(segmenter, picture(), [], NAMES).shape == (0, 3)
 
 

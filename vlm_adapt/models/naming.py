@@ -62,9 +62,11 @@ def scores_by_segmenter(
     embeddings_1Ehw = segmenter.unit_embeddings(pixels_1CHW)
     size = (embeddings_1Ehw.shape[2], embeddings_1Ehw.shape[3])
     shares_PK = _shares(masks, size, device)
-    means_PE = functional.normalize(shares_PK @ embeddings_1Ehw[0].flatten(1).T, dim=-1)
-    cosines_PL = means_PE @ segmenter.labels(names).to(means_PE).T
-    scores: np.ndarray = (cosines_PL * segmenter.connector.temperature(cosines_PL)).softmax(1).cpu().numpy()
+    labels_LE, temperature = segmenter.labels(names), segmenter.connector.temperature(shares_PK)
+    with torch.autocast(device.type, enabled=False):  # small sums of many: float32 in any computation
+        means_PE = functional.normalize(shares_PK @ embeddings_1Ehw[0].float().flatten(1).T, dim=-1)
+        cosines_PL = means_PE @ labels_LE.to(means_PE).T
+        scores: np.ndarray = (cosines_PL * temperature).softmax(1).cpu().numpy()
     return scores
 
 
