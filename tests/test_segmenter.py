@@ -168,6 +168,12 @@ def test_any_size_of_prompt(folder: Path) -> None:
         ({"model__text": {"model": "package:minilm"}}, "did you mean"),
         ({"model__text": {"model": "hf:x", "templates": ["a photo"]}}, "has no {}"),
         ({"train__objective": "distillation"}, "leave them out"),
+        ({"model__head__embedding_size": 7}, "has no setting 'embedding_size'"),
+        ({"model__head__class_token": True}, "has no setting 'class_token'"),
+        ({"model__temperature": float("inf")}, "a number above 0, or `learned`"),
+        ({"evaluate": {"scales": [0]}}, "evaluate.scales"),
+        ({"evaluate": {"scales": [float("nan")]}}, "evaluate.scales"),
+        ({"evaluate": {"blind": True}}, "evaluate.blind is for models that answer in words"),
     ],
 )
 def test_mistakes_are_told_at_once(folder: Path, changes: dict[str, Any], words: str) -> None:

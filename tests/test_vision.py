@@ -101,15 +101,27 @@ def test_hf_features_are_the_librarys(kind: str, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2", "dinov3"])
-def test_hf_positions_are_interpolated_as_by_the_library(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(48, 48), (32, 64), (16, 64)])  # the last has as many patches as 32 x 32
+@pytest.mark.parametrize("kind", ["clip", "siglip", "vit", "dinov2", "registers", "dinov3"])
+def test_hf_positions_are_interpolated_as_by_the_library(
+    kind: str, size: tuple[int, int], tmp_path: Path
+) -> None:
     name, model = hf_folder(kind, tmp_path)
-    tower = build_tower(name, image_size=48)
-    assert tower.grid == (6, 6) and tower.image_spec.size == (48, 48)
-    pixels_NCHW = torch.randn(1, 3, 48, 48)
-    options = {} if "dino" in kind else {"interpolate_pos_encoding": True}
+    tower = build_tower(name, image_size=size)
+    assert tower.grid == (size[0] // 8, size[1] // 8) and tower.image_spec.size == size
+    pixels_NCHW = torch.randn(1, 3, *size)
+    options = {} if kind in ("dinov2", "registers", "dinov3") else {"interpolate_pos_encoding": True}
     *_, last = hf_patches(kind, model, pixels_NCHW, **options)
     assert torch.equal(tower(pixels_NCHW)[0], last)
+
+
+def test_an_image_size_that_the_library_cannot_take_is_a_sentence(tmp_path: Path) -> None:
+    config = transformers.SwinConfig(
+        embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], image_size=64, patch_size=4, window_size=2
+    )
+    transformers.SwinModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="SwinModel cannot look at images of 32 x 64 pixels .*image_size"):
+        build_tower(str(tmp_path), image_size=(32, 64))  # its deepest grid is less than a window
 
 
 def test_siglip2_of_any_aspect(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Knows names, types and defaults; knows nothing about building them. Further keys
 
 from __future__ import annotations
 
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
@@ -124,8 +125,8 @@ class Segmenter(Section):
     @field_validator("temperature")
     @classmethod
     def _positive(cls, value: Any) -> Any:
-        if value != "learned" and not value > 0:
-            raise ValueError("the temperature is above 0")
+        if value != "learned" and not 0 < value < inf:
+            raise ValueError("the temperature is a number above 0, or `learned`")
         return value
 
 

@@ -7,7 +7,7 @@ that part, against its own signature.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -200,7 +200,9 @@ class Evaluate(Section):
     unseen: tuple[str, ...] = Field((), description="labels whose scores are given apart (zero-shot)")
     window: Literal["sliding", "whole"] = Field("sliding", description="how large images are segmented")
     base_size: int | None = Field(None, gt=0, description="long side before windows; None: fits the tower")
-    scales: tuple[float, ...] = Field((1.0,), min_length=1, description="sizes whose answers are averaged")
+    scales: tuple[Annotated[float, Field(ge=0.05, le=16, allow_inf_nan=False)], ...] = Field(
+        (1.0,), min_length=1, description="sizes whose answers are averaged"
+    )
     flip: bool = Field(False, description="also mirrored")
 
 

@@ -12,7 +12,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-SUPPLIED = {"self", "widths", "grids", "width_out", "embedding_rms"}  # given by us, not by a configuration
+# Given by us, not by a configuration.
+SUPPLIED = {"self", "widths", "grids", "width_out", "embedding_rms", "embedding_size", "class_token"}
 
 
 def settings_of(entry: str) -> tuple[list[str], bool]:

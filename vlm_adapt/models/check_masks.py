@@ -23,7 +23,7 @@ def check_segmenter(run: Run, train: bool) -> None:
         )
     check_settings(HEADS, model.head.name, model.head.options, "model.head")
     _check_text(model.text)
-    _check_objectives(run)
+    _check_words(run)
 
 
 def check_promptable(run: Run, train: bool) -> None:
@@ -33,7 +33,7 @@ def check_promptable(run: Run, train: bool) -> None:
     check_package(model.decoder.weights)
     if model.text is not None:
         _check_text(model.text)
-    _check_objectives(run)
+    _check_words(run)
 
 
 def _check_text(text: TextEncoder) -> None:
@@ -49,10 +49,16 @@ def _check_text(text: TextEncoder) -> None:
             )
 
 
-def _check_objectives(run: Run) -> None:
+def _check_words(run: Run) -> None:
+    """What only models that answer in words have."""
     for _, stage in run.stage_runs():
         if stage.train.objective != "language" or stage.train.teacher is not None:
             raise UserError(
                 f"train.objective and train.teacher are for models that answer in words, and model.kind is "
                 f"'{run.model.kind}', which has one loss of its own: leave them out"
             )
+    if run.evaluate.blind:
+        raise UserError(
+            f"evaluate.blind is for models that answer in words, and model.kind is '{run.model.kind}': leave "
+            "it out"
+        )

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.hf_load import image_spec_of, load_model
+from vlm_adapt.vision.hf_positions import interpolate_positions
 from vlm_adapt.vision.hf_sam import SamTower
 from vlm_adapt.vision.loading import Source
 from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms, taken
@@ -146,8 +147,15 @@ class WholeModelTower(Tower):
     def __init__(self, model: Any, image_spec: ImageSpec, final_norm: bool | None = None):
         model.eval()
         mend_batch_norms(model)
-        with torch.no_grad():
-            maps = _hidden_states(model, torch.zeros(1, 3, *image_spec.size), final_norm)
+        height, width = image_spec.size
+        try:
+            with torch.no_grad():
+                maps = _hidden_states(model, torch.zeros(1, 3, height, width), final_norm)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{type(model).__name__} cannot look at images of {height} x {width} pixels ({error}): "
+                "choose another image_size"
+            ) from error
         names = [
             f"{name}.{index}"
             for name, module in model.named_modules()
@@ -243,38 +251,3 @@ def build(
         tower = OWN.get(model.config.model_type, WholeModelTower)(model, resized, final_norm)
     tower.notes += notes
     return tower
-
-
-def interpolate_positions(model: Any, size: tuple[int, int]) -> None:
-    """Replace the position embeddings by the library's own interpolation to `size`, once and in float32.
-
-    transformers would do it in every forward, some of it in the weights' own (half) precision, and by
-    reading a child's weight, which ZeRO-3 may hold elsewhere just then.
-    """
-    embeddings = model.embeddings
-    patch = model.config.patch_size
-    patches: int = (size[0] // patch) * (size[1] // patch)
-    holder = getattr(embeddings, "position_embedding", None)  # CLIP, SigLIP: an nn.Embedding
-    values_PD: Any = getattr(embeddings, "position_embeddings", None)  # ViT, DINOv2: a parameter
-    if not hasattr(embeddings, "interpolate_pos_encoding"):
-        return  # rotary (DINOv3), or interpolated from the grid by itself (SigLIP 2)
-    held = holder.num_embeddings if isinstance(holder, nn.Embedding) else values_PD.shape[1]
-    prefix = held - int(held**0.5) ** 2
-    if held - prefix == patches:
-        return
-    dtype = next(model.parameters()).dtype
-    with torch.no_grad():
-        embeddings.float()
-        shape = (1, patches + prefix, model.config.hidden_size)
-        values_1TD = embeddings.interpolate_pos_encoding(torch.zeros(shape), *size).clone()
-        if isinstance(holder, nn.Embedding):
-            embeddings.position_embedding = nn.Embedding.from_pretrained(values_1TD[0], freeze=False)
-            embeddings.position_ids = torch.arange(patches + prefix)[None]
-            embeddings.num_positions, embeddings.num_patches = patches + prefix, patches
-            embeddings.image_size = size[0]
-        else:
-            embeddings.position_embeddings = nn.Parameter(values_1TD)
-            embeddings.image_size = size
-            embeddings.patch_embeddings.image_size = size
-            embeddings.patch_embeddings.num_patches = patches
-        embeddings.to(dtype)
