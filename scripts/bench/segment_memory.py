@@ -120,17 +120,18 @@ def main() -> None:
         given.labels, given.size, given.plain_labels = 20, 64, 20
     sides = [("bands", given.labels)] + ([("plain", given.plain_labels)] if given.plain_labels else [])
     sides += [("bands", given.plain_labels)] if given.plain_labels not in (0, given.labels) else []
-    figures = [
-        in_a_process(side, what, labels, given.size) for what in ("loss", "argmax") for side, labels in sides
-    ]
     print(f"{'':14}{'labels':>7}{'size':>6}{'peak MB':>9}{'gradients MB':>14}{'bound MB':>10}{'CPU s':>8}")
-    for one in figures:
-        bound = f"{one['bound'] / MEGABYTE:10.0f}" if one["side"] == "bands" else " " * 10
-        print(
-            f"{one['what'] + ', ' + one['side']:14}{one['labels']:7}{one['size']:6}"
-            f"{one['peak'] / MEGABYTE:9.0f}"
-            f"{one['gradient'] / MEGABYTE:14.0f}{bound}{one['seconds']:8.1f}"
-        )
+    figures = []
+    for what in ("loss", "argmax"):
+        for side, labels in sides:
+            one = in_a_process(side, what, labels, given.size)
+            figures.append(one)
+            bound = f"{one['bound'] / MEGABYTE:10.0f}" if side == "bands" else " " * 10
+            print(
+                f"{what + ', ' + side:14}{labels:7}{given.size:6}{one['peak'] / MEGABYTE:9.0f}"
+                f"{one['gradient'] / MEGABYTE:14.0f}{bound}{one['seconds']:8.1f}",
+                flush=True,
+            )
     logits = given.labels * given.size**2 * 4
     print(f"the logits of {given.labels} labels alone, once: {logits / MEGABYTE:.0f} MB")
     if given.json:
