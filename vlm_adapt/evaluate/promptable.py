@@ -26,7 +26,7 @@ from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.data.prompt_batch import STAND_IN
 from vlm_adapt.data.prompt_reader import MEASURED, PromptReader, PromptRow
 from vlm_adapt.errors import UserError
-from vlm_adapt.evaluate.scores import Scores
+from vlm_adapt.evaluate.scores import Scores, spread
 from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.objectives.promptable import intersection_over_union, predict, prompt_losses
 
@@ -57,9 +57,7 @@ def evaluate(
         raise UserError("there is nothing to evaluate on: give data.evaluate shards")
     reader: PromptReader = assembled.reader(data.evaluate, seed, data.model_copy(update={"augment": None}))
     count = len(reader)
-    chosen = list(range(count))
-    if limit is not None and limit < count:
-        chosen = [place * count // limit for place in range(limit)]
+    chosen = spread(count, limit)
     assembled.model.eval()
     account = Account()
     account.lose_all(reader.problems if dist.is_main() else [])

@@ -24,7 +24,7 @@ from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.data.reader import Prompt, Reader
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.masks import Meant, answer_masks, masks_meant, score
-from vlm_adapt.evaluate.scores import Scores, answer_metrics, loss_metrics
+from vlm_adapt.evaluate.scores import Scores, answer_metrics, loss_metrics, spread
 from vlm_adapt.language.language import Generation
 from vlm_adapt.models.build import Assembled
 from vlm_adapt.models.mask_answer import answer
@@ -71,8 +71,7 @@ def evaluate(
     if not data.evaluate:
         raise UserError("there is nothing to evaluate on: give data.evaluate shards")
     reader = assembled.reader(data.evaluate, seed, data)
-    numbers = list(range(len(reader)))
-    chosen = _spread(numbers, limit)
+    chosen = spread(len(reader), limit)
     runner = _Runner(assembled, reader, settings, autocast, device or torch.device("cpu"), synced, tell)
     assembled.model.eval()
     rows = runner.run(chosen[dist.rank() :: dist.world_size()], chosen)
@@ -88,7 +87,7 @@ def evaluate(
     metrics = answer_metrics(rows, settings) | answer_masks(rows)
     losses = [part for parts in dist.gather(runner.losses) for part in parts]
     metrics |= loss_metrics(losses)
-    metrics |= {"samples": len(chosen), "samples_available": len(numbers)}
+    metrics |= {"samples": len(chosen), "samples_available": len(reader)}
     metrics |= {"samples_in_shards": sum(map(len, reader.sets)), "account": account.to_dict()}
     for row in rows:
         del row["question_number"]
@@ -246,9 +245,3 @@ class _Runner:
             np.add.at(sums, owners[places], losses_N.float().cpu().numpy())
             np.add.at(counts, owners[places], 1)
         return list(zip(sums.tolist(), counts.tolist(), strict=True))
-
-
-def _spread(numbers: list[int], limit: int | None) -> list[int]:
-    if limit is None or limit >= len(numbers):
-        return numbers
-    return [numbers[i * len(numbers) // limit] for i in range(limit)]

@@ -44,6 +44,13 @@ class Scores:
         """Further files beside `metrics.json`."""
 
 
+def spread(count: int, limit: int | None) -> list[int]:
+    """Numbers of the samples that are scored: all of `count`, or `limit` of them spread evenly."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [place * count // limit for place in range(limit)]
+
+
 def answer_metrics(rows: list[dict[str, Any]], settings: Evaluate) -> dict[str, Any]:
     predictions, references = [row["prediction"] for row in rows], [row["answers"] for row in rows]
     kinds = [row["kind"] for row in rows]

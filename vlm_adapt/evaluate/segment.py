@@ -23,7 +23,8 @@ from vlm_adapt.data.mask_reader import MaskReader, WholeMask
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.pace import Paced
-from vlm_adapt.evaluate.segment_scores import SegmentScores, gathered, scores_of
+from vlm_adapt.evaluate.scores import spread
+from vlm_adapt.evaluate.segment_scores import SegmentScores, gathered, handicaps, scores_of
 from vlm_adapt.metrics.segment import Confusion, NamedConfusion
 from vlm_adapt.models.assembled import AssembledModel
 from vlm_adapt.models.dense_inference import DenseInference
@@ -61,9 +62,7 @@ def evaluate(
     # The loss is of images that are brought to the tower's size as they are, whatever training does to them.
     reader: MaskReader = assembled.reader(data.evaluate, seed, data.model_copy(update={"augment": None}))
     count = len(reader)
-    chosen = list(range(count))
-    if limit is not None and limit < count:
-        chosen = [place * count // limit for place in range(limit)]
+    chosen = spread(count, limit)
     runner = _Runner(assembled, reader, settings, autocast, device or torch.device("cpu"), synced, tell)
     assembled.model.eval()
     runner.run(chosen[dist.rank() :: dist.world_size()], len(chosen))
@@ -141,7 +140,8 @@ class _Runner:
 
     def _segment(self, number: int, whole: WholeMask) -> None:
         with self.autocast():
-            classes_HW, _ = self.inference.classes(whole.pixels_HWC, whole.labels)
+            handicap = handicaps(whole.labels, self.settings.unseen, self.settings.handicap)
+            classes_HW, _ = self.inference.classes(whole.pixels_HWC, whole.labels, handicap)
         name = self.reader.source_of(number)
         self.confusions.setdefault(name, NamedConfusion()).add(classes_HW, whole.mask_HW, whole.labels)
         if dist.is_main() and len(kept := self.shown.setdefault(tuple(whole.labels), [])) < SHOWN:

@@ -27,6 +27,7 @@ from vlm_adapt.data.episodes.protocol import Episode, Protocol
 from vlm_adapt.data.images import resize
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.errors import UserError
+from vlm_adapt.evaluate.scores import spread
 from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.metrics.segment import EpisodeCounts
 from vlm_adapt.models.dense_inference import DenseInference
@@ -134,9 +135,7 @@ def zero_shot(
         UserError: not one episode could be used.
     """
     all_episodes = protocol.episodes()
-    episodes = all_episodes
-    if limit is not None and limit < len(episodes):
-        episodes = [episodes[place * len(episodes) // limit] for place in range(limit)]
+    episodes = [all_episodes[place] for place in spread(len(all_episodes), limit)]
     settings = settings or Evaluate()
     inference = (
         DenseInference(segmenter, window="whole")
