@@ -217,6 +217,8 @@ def test_the_text_encoder_can_train(folder: Path) -> None:
     loss.backward()
     own = [p for p in assembled.model.labels.encoder.parameters() if p.requires_grad]
     assert own and any(p.grad is not None and p.grad.any() for p in own)
+    assembled.model.labels.encoder.notes.append("a layer is left out")
+    assert "a layer is left out" in assembled.notes  # for the journal
 
 
 def test_scores(folder: Path) -> None:

@@ -175,15 +175,14 @@ class Reader(Samples):
         pixels = self.pixels(sample)
         if images is not None:
             pixels = self.pixels(replace(sample, images=list(images)), like=pixels)
+        scenes = self._scenes(sample) if self.masks is not None and self.masks.own else []
         prompts = []
         for asked in clear(phrasing.evaluation, sample.record, self._images(sample, phrasing)):
             lengths = self.image_tokens(sample)
             row = clear(self.encoder.encode, asked.sentence, lengths, sample.key, learn=False)
             if row.cut:
                 raise BadSample("the questions on one image are too long for max_length")
-            row.pixels = pixels
-            if self.masks is not None and self.masks.own:
-                row.masks.scenes = self._scenes(sample)
+            row.pixels, row.masks.scenes = pixels, scenes
             prompts.append(Prompt(row, asked, sample.key))
         return prompts
 

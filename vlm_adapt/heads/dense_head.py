@@ -17,15 +17,10 @@ class DenseHead(nn.Module):
     Attributes:
         wants_class_token: whether each depth's features begin with the class token.
         grid: (rows, columns) of the map that comes out.
-        notes: what a user should know of how it was made.
     """
 
     wants_class_token: bool
     grid: tuple[int, int]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.notes: list[str] = []
 
     def forward(self, features: Sequence[Tensor], compact: bool = False) -> Any:
         """features_NPD of each depth ([N, 1 + P, D] with a class token) to embeddings_NEhw, not normalised.

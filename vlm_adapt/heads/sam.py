@@ -125,7 +125,6 @@ class SamDecoder(nn.Module):
         except ValueError as error:
             raise UserError(f"SAM's decoder of width {width}: {error}") from error
         self.mask_decoder.transformer.register_forward_pre_hook(_places_in_rows, with_kwargs=True)
-        self.masks_per_prompt: int = decoder.num_multimask_outputs
 
     def image_positions(self) -> Tensor:
         """Embeddings of the grid's places, `[1, D, h, w]`."""

@@ -114,6 +114,12 @@ class AssembledModel:
         return self.model.connector
 
     @property
+    def notes(self) -> list[str]:
+        """What a user should know of how the parts were made: weights left out, layers not applied."""
+        parts = [*self.model.parts().values(), getattr(self.model, "mask_vision", None)]
+        return [note for part in parts for note in getattr(part, "notes", ())]
+
+    @property
     def thumbnails(self) -> bool:
         """Whether an evaluation keeps small pictures of the samples beside its predictions."""
         return False

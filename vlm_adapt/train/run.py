@@ -274,7 +274,7 @@ def _announce(
         dtype=str(assembled.dtype).removeprefix("torch."),
         device=str(loop.engine.device),
         world_size=dist.world_size(),
-        notes=[*assembled.model.vision.notes, *taught],
+        notes=[*assembled.notes, *taught],
         selections={source: kept.to_dict() for source, kept in loop.selections.items()},
     )
 
