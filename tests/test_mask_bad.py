@@ -27,6 +27,7 @@ BAD = {
     "ignored": (members(encode_mask(np.full_like(VALUES, 255))), "all pixels of the mask are ignored"),
     "empty": (members(GOOD, []), "labels names nothing"),
     "no names": (members(GOOD, ["", " "]), "labels names nothing"),
+    "bars": (members(GOOD, ["red", "green|", "", "blue"]), "label has an empty synonym: 'green|'"),
     "no labels": (members(GOOD, None), "mask without labels: the record has text"),
     "rgb": (members(png(np.zeros((16, 24, 3), np.uint8))), "mask is RGB, it should have one channel"),
     "jpeg": (members(png(VALUES, "JPEG")), "mask is a JPEG, which changes values: store masks as PNG"),

@@ -83,6 +83,7 @@ def test_codes(count: int, kind: type[np.unsignedinteger]) -> None:
     [
         ({"leave_ot": ["car"]}, "task 'masks' has no setting 'leave_ot', did you mean 'leave_out'?"),
         ({"keep": []}, "keep names no label: name some, or leave it out"),
+        ({"rename": {"car": "car|"}}, "label 'car|' has an empty synonym"),
         ({"rename": {"car": " "}}, "a label is renamed to nothing: leave_out takes a label out"),
         ({"background": ""}, "background is the name of a label, and it is empty"),
         ({"rename": {"car": "a"}, "merge": {"b": ["car"]}}, "label 'car' gets two names, one of them 'b'"),

@@ -7,6 +7,7 @@ nothing about ranks, batches or the order of samples. Picklable, so that worker 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from vlm_adapt.config.schema import Augment, Data, Source
 from vlm_adapt.data.augment import Cut, cut_mask, cut_pixels, draw_cut, fitted, jitter_colours, squashed
 from vlm_adapt.data.images import decode
-from vlm_adapt.data.masks import check_values, read_mask
+from vlm_adapt.data.masks import check_names, check_values, read_mask
 from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.data.reduced import decode_reduced, reducible
 from vlm_adapt.data.sample import Sample
@@ -116,7 +117,8 @@ class MaskReader(Samples):
         """The label set of a source's first sample that has one; () where none of the first ones has."""
         for sample in self._first(source):
             if sample.record.get("labels"):
-                return self._labelled(source, sample).labels
+                with suppress(BadSample):
+                    return self._labelled(source, sample).labels
         return ()
 
     def _first(self, source: int) -> Iterator[Sample]:
@@ -240,7 +242,9 @@ class MaskReader(Samples):
         if known is None:
             if len(self._sets) >= SETS_KEPT:
                 self._sets.clear()
-            known = self._sets[source, names] = self.tasks[source].label_set(names)
+            known = self.tasks[source].label_set(names)
+            check_names(known.labels)
+            self._sets[source, names] = known
         return known
 
 

@@ -13,7 +13,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -162,6 +162,20 @@ def check_values(mask_HW: np.ndarray, labels: Sequence[str]) -> None:
             raise BadSample("mask has a value without a label", f"{pixels}, there are {len(labels)} labels")
 
 
+def empty_synonym(labels: Iterable[str]) -> str | None:
+    """The first label with nothing between two of its bars, as "car|", or None."""
+    return next((name for name in labels if "|" in name and not all(map(str.strip, name.split("|")))), None)
+
+
+def check_names(labels: Iterable[str]) -> None:
+    """Refuse a label of which a synonym is empty: no text encoder could read it. Raises BadSample."""
+    wrong = empty_synonym(labels)
+    if wrong is not None:
+        raise BadSample(
+            "label has an empty synonym", f"'{wrong}': names stand between bars, as in 'car|automobile'"
+        )
+
+
 def check_mask(data: bytes, image_size: tuple[int, int], labels: Sequence[str] | None = None) -> None:
     """Check a mask file against its image.
 
@@ -176,4 +190,5 @@ def check_mask(data: bytes, image_size: tuple[int, int], labels: Sequence[str] |
     header = mask_header(data)
     check_size((header.width, header.height), image_size)
     if labels is not None:
+        check_names(labels)
         check_values(read_mask(data), labels)

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 
 from vlm_adapt.choices import nearest
 from vlm_adapt.config import schema
+from vlm_adapt.data.masks import empty_synonym
 from vlm_adapt.data.tasks import MASK_TASKS, TASKS
 from vlm_adapt.data.tasks.task import SETTINGS, from_settings
 from vlm_adapt.errors import UserError
@@ -101,6 +102,9 @@ class Masks:
             raise UserError("a label is renamed to nothing: leave_out takes a label out")
         if self.background is not None and not self.background.strip():
             raise UserError("background is the name of a label, and it is empty")
+        wrong = empty_synonym((*self.rename.values(), *self.merge, self.background or ""))
+        if wrong is not None:
+            raise UserError(f"label '{wrong}' has an empty synonym: write names between the bars")
         if self.keep is not None and not self.keep:
             raise UserError("keep names no label: name some, or leave it out to keep all")
         given: set[str] = set(self.rename)
