@@ -146,6 +146,17 @@ def test_classes_and_confidence_are_those_of_the_scores() -> None:
     assert np.abs(best.numpy() - confidence).max() < CLOSE
 
 
+def test_a_handicap_is_taken_off_the_logits() -> None:
+    inference, pixels = DenseInference(Stub(), window="whole"), photograph(30, 40)
+    handicap = [0.0, 3.0, 0.5, 0.0, 9.0]
+    classes, confidence = inference.classes(pixels, names(5), handicap)
+    logits = torch.from_numpy(inference.scores(pixels, names(5))) - torch.tensor(handicap)[:, None, None]
+    best, place = logits.softmax(0).max(0)
+    assert (place.numpy() == classes).all()
+    assert np.abs(best.numpy() - confidence).max() < CLOSE
+    assert (classes != inference.classes(pixels, names(5))[0]).any()
+
+
 def test_memory_is_bounded_by_values_not_by_labels() -> None:
     """What a call of label_logits makes stays below the bound, and so does every band."""
     stub, pixels, labels = Stub(), photograph(80, 120), names(300)

@@ -18,7 +18,7 @@ from vlm_adapt.config.schema import Data, Evaluate
 from vlm_adapt.errors import UserError
 from vlm_adapt.evaluate.files import write_scores
 from vlm_adapt.evaluate.segment import evaluate
-from vlm_adapt.evaluate.segment_scores import SegmentScores
+from vlm_adapt.evaluate.segment_scores import SegmentScores, handicaps
 from vlm_adapt.metrics.segment import NamedConfusion, harmonic_mean
 
 LABELS = ["sky0", "road1|street", "car2"]
@@ -88,6 +88,14 @@ def test_unseen(street: Path) -> None:
     assert set(metrics["baselines"]["chance"]) >= {"miou_seen", "miou_unseen"}
     with pytest.raises(UserError, match="no held-out mask has a label 'roads', did you mean 'road1'"):
         score([street], unseen=["roads"])
+
+
+def test_a_handicap_favours_unseen_labels() -> None:
+    labels = ["road", "Car|automobile", "sky"]
+    assert handicaps(labels, ["automobile"], 2.0) == [2.0, 0.0, 2.0]
+    assert handicaps(labels, ["automobile"], 0.0) is None
+    with pytest.raises(UserError, match=r"name them in evaluate.unseen"):
+        handicaps(labels, [], 2.0)
 
 
 def test_sources_with_labels_of_their_own(street: Path, tmp_path: Path) -> None:

@@ -237,12 +237,15 @@ def main() -> None:
         for name in names:
             train(name)
     from vlm_adapt.config.load import load_run
+    from vlm_adapt.evaluate.checkpoint import score
 
     results: dict[str, Any] = {}
     for name in names:
         config, output = RUNS[name]
         metrics = json.loads((Path(output) / "metrics.json").read_text())
         results[f"{name}: trained"] = metrics
+        if "unseen" in metrics:  # as it is, without a handicap of the seen
+            results[f"{name}: no handicap"] = score(output, ["evaluate.handicap=0"])[0].metrics
         for kind, figures in metrics["baselines"].items():
             results[f"{name}: {kind}"] = figures
         results[f"{name}: untrained bridge"] = bridge_scores(load_run(config, overrides(name)))

@@ -198,6 +198,9 @@ class Evaluate(Section):
     greater_is_better: bool = False
     limit: int | None = Field(None, gt=0, description="samples used by evaluations inside training")
     unseen: tuple[str, ...] = Field((), description="labels whose scores are given apart (zero-shot)")
+    handicap: float = Field(
+        0.0, ge=0, description="taken off the logits of labels that are not unseen (calibrated stacking)"
+    )
     window: Literal["sliding", "whole"] = Field("sliding", description="how large images are segmented")
     base_size: int | None = Field(None, gt=0, description="long side before windows; None: fits the tower")
     scales: tuple[Annotated[float, Field(ge=0.05, le=16, allow_inf_nan=False)], ...] = Field(

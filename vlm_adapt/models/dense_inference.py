@@ -109,11 +109,14 @@ class DenseInference:
             found_LHW[:, first : first + logits_LyW.shape[1]] = logits_LyW.cpu().numpy()
         return found_LHW
 
-    def classes(self, pixels_HWC: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def classes(
+        self, pixels_HWC: np.ndarray, names: Sequence[str], handicap: Sequence[float] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The label of every pixel, and how sure it is.
 
         Args:
             pixels_HWC: uint8, any size.
+            handicap: taken off each label's logits.
 
         Returns:
             classes_HW, uint16, places in `names`; confidence_HW, float32, the label's share in a softmax of
@@ -126,6 +129,8 @@ class DenseInference:
         classes_HW, confidence_HW = np.empty(size, np.uint16), np.empty(size, np.float32)
         for first, logits_LyW in self._bands(pixels_HWC, names):
             rows = slice(first, first + logits_LyW.shape[1])
+            if handicap is not None:
+                logits_LyW -= torch.tensor(handicap, device=logits_LyW.device)[:, None, None]
             best_yW, class_yW = logits_LyW.max(0)
             share_yW = logits_LyW.sub_(best_yW).exp_().sum(0).reciprocal_()
             classes_HW[rows], confidence_HW[rows] = class_yW.cpu().numpy(), share_yW.cpu().numpy()
