@@ -82,7 +82,8 @@ def test_again_from_the_checkpoint(trained: Path, tmp_path: Path, capsys: pytest
     again = metrics_of(tmp_path)
     for key in ("miou", "loss"):
         assert again[key] == pytest.approx(known[key], rel=CLOSE), key
-    assert {"confusion-0.csv", "confusion-1.png", "samples-1.png"} <= {path.name for path in tmp_path.iterdir()}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"confusion-0.csv", "confusion-1.png", "samples-1.png"} <= written
     assert (trained / "confusion-0.png").is_file()
 
 

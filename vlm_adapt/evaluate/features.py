@@ -32,6 +32,7 @@ from vlm_adapt.data.problems import Account, BadSample
 from vlm_adapt.data.sample import parse_sample
 from vlm_adapt.data.shards import ShardSet
 from vlm_adapt.errors import UserError
+from vlm_adapt.evaluate.scores import spread
 from vlm_adapt.models.build import compute_dtype, vision_tower
 from vlm_adapt.models.restore import restore
 from vlm_adapt.models.vlm import features_of
@@ -163,9 +164,7 @@ class Pooled:
         Raises:
             UserError: no sample has both.
         """
-        numbers = list(range(len(shards)))
-        if limit is not None and limit < len(numbers):
-            numbers = [place * len(numbers) // limit for place in range(limit)]
+        numbers = spread(len(shards), limit)
         account, labels, several = Account(), [], 0
         found: list[list[Tensor]] = []
 
