@@ -3,8 +3,8 @@
 A baseline for open-vocabulary segmentation without any mask: efficientnet-lite0 says at every place of its
 last map which of 1,000 classes it sees; the ten likeliest names, embedded by MiniLM and weighted by their
 probabilities, are the place's embedding, and a label is found by the cosine. From vectors the mean of
-their kind is taken off first, which helps much (CamVid, a quarter of val, 360 x 480: 12.2 against 8.4 % mIoU). It has
-the seam of models/segmenter.py, so that the same evaluation runs it.
+their kind is taken off first, which helps much (CamVid, a quarter of val, 360 x 480: 12.2 against 8.4 %
+mIoU). It has the seam of models/segmenter.py, so that the same evaluation runs it.
 """
 
 from __future__ import annotations
