@@ -55,7 +55,7 @@ FAMILIES: dict[str, Plans] = {
         "binary_lora": attention("binary_lora", r=8),
         "adalora": attention("adalora", init_r=12, target_r=8),
         "gralora": attention("gralora", r=8, alpha=16, learning_rate=1e-3),
-        "delora": attention("delora", r=8),
+        "delora": attention("delora", r=8, delora_lambda=1),
         "deft": attention("deft", r=8),
         "hira": attention("hira", r=8, learning_rate=1e-2),
         "glora": attention("glora", r=4),
