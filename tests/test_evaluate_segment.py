@@ -94,8 +94,8 @@ def test_a_handicap_favours_unseen_labels() -> None:
     labels = ["road", "Car|automobile", "sky"]
     assert handicaps(labels, ["automobile"], 2.0) == [2.0, 0.0, 2.0]
     assert handicaps(labels, ["automobile"], 0.0) is None
-    with pytest.raises(UserError, match=r"name them in evaluate.unseen"):
-        handicaps(labels, [], 2.0)
+    with pytest.raises(ValueError, match=r"name them in evaluate.unseen"):  # before anything is loaded
+        Evaluate(handicap=2.0)
 
 
 def test_sources_with_labels_of_their_own(street: Path, tmp_path: Path) -> None:

@@ -208,6 +208,12 @@ class Evaluate(Section):
     )
     flip: bool = Field(False, description="also mirrored")
 
+    @model_validator(mode="after")
+    def _handicap_favours_some(self) -> Evaluate:
+        if self.handicap and not self.unseen:
+            raise ValueError("handicap favours unseen labels: name them in evaluate.unseen")
+        return self
+
 
 class Stage(Section):
     """What differs from the run in one stage; its methods add to those of the stages before."""
