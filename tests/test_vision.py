@@ -115,6 +115,14 @@ def test_hf_positions_are_interpolated_as_by_the_library(
     assert torch.equal(tower(pixels_NCHW)[0], last)
 
 
+@pytest.mark.parametrize(
+    ("size", "words"), [(33, "size 33 .*try 32$"), ((64, 93), r"\[64, 93\] .*64, 96\]$")]
+)
+def test_an_image_that_patches_do_not_fill(size: int | tuple[int, int], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        build_tower(hf_folder("vit", tmp_path)[0], image_size=size)
+
+
 def test_an_image_size_that_the_library_cannot_take_is_a_sentence(tmp_path: Path) -> None:
     config = transformers.SwinConfig(
         embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], image_size=64, patch_size=4, window_size=2

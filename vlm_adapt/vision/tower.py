@@ -10,6 +10,7 @@ A *layer* is a depth that can be asked for: a block of a plain ViT, a stage of a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -238,7 +239,11 @@ def taken(tokens_NTD: Tensor, patches: int, class_token: bool) -> Tensor:
 def check_image_size(size: tuple[int, int], patch: tuple[int, int], model: str) -> None:
     """Raise UserError unless whole patches fill the image."""
     if size[0] % patch[0] or size[1] % patch[1] or min(size) < 1:
+        given: Any = list(size)
+        near: Any = [max(1, round(one / of)) * of for one, of in zip(size, patch, strict=True)]
+        of_patch: Any = list(patch)
+        if size[0] == size[1] and patch[0] == patch[1]:  # else it may be the width that is wrong
+            given, near, of_patch = given[0], near[0], of_patch[0]
         raise UserError(
-            f"image_size {size[0]} is not a multiple of the patch size {patch[0]} of '{model}': "
-            f"try {max(1, round(size[0] / patch[0])) * patch[0]}"
+            f"image_size {given} is not a multiple of the patch size {of_patch} of '{model}': try {near}"
         )
