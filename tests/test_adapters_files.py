@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny import run_of, sentence
 from vlm_adapt.cli import main
 from vlm_adapt.errors import UserError
 from vlm_adapt.export.adapter import save_adapter
+from vlm_adapt.export.folder import disk_sentence
 from vlm_adapt.train.run import train
 
 FILE = "language-lora/adapter_model.safetensors"
@@ -128,3 +130,9 @@ def test_a_run_on_another_base_is_refused(parts: Path, runs: Path, tmp_path: Pat
         train(run)
     sentence(caught)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_while_folders_are_copied_is_one_reason() -> None:
+    error = shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'"), ("c", "d", "other")])
+    said = disk_sentence(error, Path("made"))
+    assert said.startswith("'made' cannot be written ([Errno 28] No space left on device): nothing was left")

@@ -63,5 +63,9 @@ def disk_sentence(error: BaseException, target: Path) -> str:
     from_disk = any(words in text for words in ("No space left", "I/O error", "File too large", "quota"))
     if isinstance(error, UserError) or not (isinstance(error, OSError) or from_disk):
         return ""
+    if isinstance(error, shutil.Error) and isinstance(
+        error.args[0], list
+    ):  # of copytree: (from, to, why) a file
+        text = str(error.args[0][0][2]).partition(": ")[0]
     reason = getattr(error, "strerror", None) or text
     return f"'{target}' cannot be written ({reason}): nothing was left there; make room or choose another"
