@@ -12,8 +12,11 @@ from typing import Any
 import pytest
 import tiny_masks
 import tiny_prompts
+import tiny_sam
+import torch
 from forks import write
 
+from vlm_adapt.heads.sam import SamDecoder
 from vlm_adapt.train.journal import read_journal
 
 STEPS = 4  # 9 samples by 4: the third step has one, all of the first rank
@@ -26,25 +29,38 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         {"method": "lora", "where": "vision", "r": 4},
         {"method": "lora", "where": "language", "r": 4},
     ],
+    "sam's encoder": [
+        {"method": "full", "where": "connector"},
+        {"method": "lora", "where": "vision", "r": 4},
+    ],
 }
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PLANS if name != "decoder"]
 
 
-@pytest.mark.parametrize("name", ["decoder", pytest.param("adapters", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["decoder", *SLOW])
 def test_one_curve(name: str, server: Any, tmp_path: Path) -> None:
     """The same losses and scores whatever the processes and the stage; with words and their encoder too."""
     whole = {"stage": 3, "stage3_param_persistence_threshold": 0}  # else tiny parameters stay whole
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": whole}))
     tiny_prompts.shard(tmp_path / "nine.tar", 9)
     text = name == "adapters"
+    more: dict[str, Any] = {}
     if text:
         tiny_masks.bert(tmp_path / "bert")
+        more["model__text"] = {"model": str(tmp_path / "bert")}
+    if name == "sam's encoder":
+        torch.manual_seed(0)
+        sam = tiny_sam.sam_model(SamDecoder(64, 8, **tiny_sam.SMALL), num_hidden_layers=2, window_size=3)
+        sam.save_pretrained(tmp_path / "sam")
+        more["model__vision"] = {"model": str(tmp_path / "sam")}
+        more["model__decoder"] = {"weights": f"file:{tmp_path / 'sam'}"}
 
     def tree_of(output: str, ranks: int, zero: str) -> dict[str, Any]:
         return tiny_prompts.run_tree(
             tmp_path,
             output,
             text=text,
-            **({"model__text": {"model": str(tmp_path / "bert")}} if text else {}),
+            **more,
             adapt=PLANS[name],
             data__train__0__shards=str(tmp_path / "nine.tar"),
             train__max_steps=STEPS,

@@ -18,6 +18,17 @@ from vlm_adapt.image_spec import ImageSpec
 from vlm_adapt.vision.tower import Tower
 
 
+class _Positions(nn.Module):
+    """Holds the encoder's positions and is called, so that ZeRO-3 gathers them: the encoder never is."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden_NhwD: Tensor) -> Tensor:
+        return hidden_NhwD + self.weight
+
+
 class SamTower(Tower):
     """transformers' SamVisionModel as a tower.
 
@@ -47,12 +58,13 @@ class SamTower(Tower):
                 encoder.pos_embed.detach().permute(0, 3, 1, 2), grid, mode="bicubic", antialias=True
             )
             encoder.pos_embed = nn.Parameter(positions.permute(0, 2, 3, 1).contiguous())
+        self.positions = None if encoder.pos_embed is None else _Positions(encoder.pos_embed)
 
     def _features(self, pixels_NCHW: Tensor, layers: list[int], class_token: bool) -> dict[int, Tensor]:
         encoder = self.model.vision_encoder
         hidden_NhwD = encoder.patch_embed(pixels_NCHW)
-        if encoder.pos_embed is not None:
-            hidden_NhwD = hidden_NhwD + encoder.pos_embed
+        if self.positions is not None:
+            hidden_NhwD = self.positions(hidden_NhwD)
         found: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks[: layers[-1] + 1]):
             if self.checkpointing and torch.is_grad_enabled():
