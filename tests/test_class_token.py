@@ -10,12 +10,12 @@ from typing import Any
 import open_clip
 import pytest
 import timm
+import tiny
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests import tiny
 from vlm_adapt.adapt import METHODS
 from vlm_adapt.adapt.place import Place
 from vlm_adapt.errors import UserError

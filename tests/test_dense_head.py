@@ -7,13 +7,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import norm_ranks
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTNeck
 
-from tests import norm_ranks, tiny
 from vlm_adapt.errors import UserError
 from vlm_adapt.heads import build_head, head_options
 from vlm_adapt.heads.batch_norm import SharedBatchNorm

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests import tiny
 from vlm_adapt.errors import UserError
 from vlm_adapt.heads import upsampled
 from vlm_adapt.heads.bands import bands, values_held

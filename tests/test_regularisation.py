@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests import tiny
 from vlm_adapt.errors import UserError
 from vlm_adapt.heads.regularisation import ACTIVATIONS, Regularisation
 

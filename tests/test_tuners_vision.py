@@ -156,7 +156,11 @@ def test_timm_and_peft_on_its_plain_model(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(features(tower), moved, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if "conv" in getattr(METHODS.load(n), "layers", ())])
+TUNERS = [name for name, place in METHODS.items() if place.startswith("vlm_adapt.adapt.tuners")]
+CONVOLUTIONAL = [name for name in TUNERS if "conv" in METHODS.load(name).layers]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_convolutions(name: str) -> None:
     """3 x 3 convolutions of a ResNet, where the tuner takes them."""
     tower = timm_tower("resnet10t", zero_init_last=False)
