@@ -37,7 +37,9 @@ def losses(tree: dict[str, Any]) -> list[float]:
     return [line["loss"] for line in read_journal(Path(tree["output_dir"])) if "event" not in line]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name", ["head and lora", *(pytest.param(n, marks=pytest.mark.slow) for n in list(PLANS)[1:])]
+)
 def test_one_curve(name: str, server: Any, tmp_path: Path) -> None:
     """The same losses whatever the processes and the stage, with a regularisation block that all share."""
     whole = {"stage": 3, "stage3_param_persistence_threshold": 0}  # else tiny parameters stay whole

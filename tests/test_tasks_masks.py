@@ -51,6 +51,16 @@ def sample(**more: Any) -> dict[str, bytes]:
     return members | {"json": json.dumps({"labels": LABELS} | more).encode()}
 
 
+def test_an_answer_may_name_what_is_asked_for() -> None:
+    record = {"labels": LABELS, "shown": {"circle": 0.3, "a cat": 0.3}}
+    answers = [one["answer"] for one in told("class_masks", record, answer="The {label} {token}.")]
+    assert answers == ["The circle <seg>.", "The a cat <seg>."]
+    referring = told("referring_masks", {"referring": REFERRING[2:]}, answer="{expression}: {token}")
+    assert [one["answer"] for one in referring] == ["two shapes: <seg>"]
+    with pytest.raises(UserError, match="expression"):
+        told("class_masks", record, answer="The {expression} {token}.")
+
+
 def test_labels_shown() -> None:
     """Shares of all pixels; values of one name are one label, ignored pixels none."""
     shown = labels_shown(parse_sample("s", sample()))

@@ -27,6 +27,9 @@ UNUSED = (
     *(f"decoder.mask_decoder.output_hypernetworks_mlps.{number}" for number in (1, 2, 3)),
     "decoder.mask_decoder.iou_prediction_head",
 )
+# The decoder wants prompts far from where they start (0.1 a number at first, about 1 when they fit), at a rate
+# that does not spoil it: the projection's weights are small and its output is multiplied.
+REACH = 10.0
 
 
 class MaskToken(nn.Module):
@@ -45,6 +48,9 @@ class MaskToken(nn.Module):
         super().__init__()
         self.row, self.neck, self.decoder = row, neck, decoder
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, decoder.width))
+        with torch.no_grad():
+            for parameter in self.projection[2].parameters():
+                parameter.div_(REACH)
         self.size = (decoder.mask_size, decoder.mask_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskToken:
@@ -60,7 +66,7 @@ class MaskToken(nn.Module):
             states_MD: the hidden states that have read the tokens.
             images_M: which image each mask is on.
         """
-        prompts_MC = self.projection(states_MD.float())
+        prompts_MC = self.projection(states_MD.float()) * REACH
         # An image's embedding is computed once, whatever the masks on it.
         embedding_JChw = self.neck(features_JPE.float())
         logits_M11hw, _ = self.decoder(

@@ -24,7 +24,8 @@ class MasksAsked(Task):
     """What both tasks share.
 
     Attributes:
-        answer: has the field {token} once.
+        answer: has the field {token} once, and may name what is asked for ({label} or {expression}): a small
+            language then has the word beside the token.
         token: as `model.masks.token`.
     """
 
@@ -33,15 +34,15 @@ class MasksAsked(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_prompt("answer", self.answer, ("token",), ("token",))
+        check_prompt("answer", self.answer, ("token", *self.fields), ("token",))
         if self.answer.count("{token}") != 1:
             raise ValueError("answer has the field {token} more than once, and one mask is asked for")
 
-    def asked(self, question: str, reference: dict[str, Any]) -> dict[str, Any]:
-        """An entry of `questions` whose answer is a mask."""
+    def asked(self, question: str, reference: dict[str, Any], **named: str) -> dict[str, Any]:
+        """An entry of `questions` whose answer is a mask; `named` is what is asked for."""
         return {
             "question": question,
-            "answer": fill(self.answer, {"token": self.token}),
+            "answer": fill(self.answer, {"token": self.token} | named),
             "masks": [reference],
         }
 
@@ -87,7 +88,7 @@ class ClassMasks(MasksAsked):
         if not found and not self.absent:
             raise BadSample(f"no class is as large as smallest of the task '{self.name}' asks for")
         questions = [
-            self.asked(self.filled(record, label=label), reference) | {"kind": "present"}
+            self.asked(self.filled(record, label=label), reference, label=label) | {"kind": "present"}
             for label, reference in found.items()
         ]
         if self.absent:
@@ -154,8 +155,8 @@ class ReferringMasks(MasksAsked):
         return entries
 
     def _told(self, record: dict[str, Any], pairs: list[tuple[str, int]]) -> Told:
-        questions = [
-            self.asked(self.filled(record, expression=text.strip()), {"mask": number})
-            for text, number in pairs
-        ]
+        questions = []
+        for text, number in pairs:
+            named = {"expression": text.strip()}
+            questions.append(self.asked(self.filled(record, **named), {"mask": number}, **named))
         return Told(carried(record) | {"questions": questions})
