@@ -27,8 +27,8 @@ UNUSED = (
     *(f"decoder.mask_decoder.output_hypernetworks_mlps.{number}" for number in (1, 2, 3)),
     "decoder.mask_decoder.iou_prediction_head",
 )
-# The decoder wants prompts far from where they start (0.1 a number at first, about 1 when they fit), at a rate
-# that does not spoil it: the projection's weights are small and its output is multiplied.
+# The decoder wants prompts far from where they start (0.1 a number at first, about 1 when they fit), at a
+# rate that does not spoil it: the projection's weights are small and its output is multiplied.
 REACH = 10.0
 
 
