@@ -15,7 +15,7 @@ HOUSE = ROOT / "vlm_adapt"
 MOST_LINES = 300
 FLOORS = [
     set("__init__ attention errors exits quiet choices sentence template image_spec dist config".split())
-    | {"folders"},
+    | {"folders", "tensor_files"},
     set("vision language text connectors heads adapt data metrics weights".split()),
     {"models"},
     set("train evaluate chat export report segment".split()),

@@ -20,8 +20,8 @@ from vlm_adapt import weights
 from vlm_adapt.config.schema import Vision
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
+from vlm_adapt.tensor_files import Source, parse_source, read_state
 from vlm_adapt.vision import build_tower, library_of
-from vlm_adapt.vision.loading import Source, parse_source, read_state
 from vlm_adapt.vision.tower import Tower
 
 FILE = "model.safetensors"
@@ -52,7 +52,7 @@ def save_tower(tower: Tower, config: Vision, folder: Path, dtype: torch.dtype) -
 def _source(config: Vision) -> Source:
     if config.weights.startswith(("package:", "file:")):
         return Source("file", str(weights.resolve(config.weights)))
-    return parse_source(config.weights)
+    return parse_source(config.weights, "vision tower")
 
 
 def _hf(

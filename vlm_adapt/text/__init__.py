@@ -76,9 +76,9 @@ def build_text(
     if local_weights is not None:
         weights = f"file:{local_weights}"
     build = TEXTS.load(library)
-    from vlm_adapt.text.loading import parse_source, seeded  # these bring torch, so only now
+    from vlm_adapt.tensor_files import parse_source, seeded  # these bring torch, so only now
 
-    source = parse_source(weights)
+    source = parse_source(weights, "text encoder")
     known = list(inspect.signature(build).parameters)[2:]
     options = dict(options or {})
     for option in options:

@@ -21,8 +21,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from vlm_adapt.errors import UserError
+from vlm_adapt.tensor_files import Source, read_state
 from vlm_adapt.text.encoder import TextEncoder, find_blocks
-from vlm_adapt.text.loading import Source, complain, read_state, unreachable
+from vlm_adapt.text.loading import complain, unreachable
 
 POOLINGS = ("mean", "cls", "eos", "last")
 OWN = "own"  # what the library's get_text_features gives: projected (CLIP), pooled (SigLIP)

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
+from vlm_adapt.tensor_files import Source, read_state
 from vlm_adapt.text.encoder import TextEncoder, find_blocks
-from vlm_adapt.text.loading import Source, complain, read_state, unreachable
+from vlm_adapt.text.loading import complain, unreachable
 
 NOT_TEXT = ("visual.", "logit_scale", "logit_bias")
 

@@ -93,10 +93,10 @@ def build_tower(
     if local_weights is not None:
         weights = f"file:{local_weights}"
     build = TOWERS.load(library)
-    from vlm_adapt.vision.loading import parse_source, seeded  # these bring torch, so only now
+    from vlm_adapt.tensor_files import parse_source, seeded  # these bring torch, so only now
     from vlm_adapt.vision.tower import silence
 
-    source = parse_source(weights)
+    source = parse_source(weights, "vision tower")
     known = list(inspect.signature(build).parameters)[3:]
     options = dict(options or {})
     native = None if "native" in known else options.pop("native", None)

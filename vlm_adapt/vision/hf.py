@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
+from vlm_adapt.tensor_files import Source
 from vlm_adapt.vision.hf_load import image_spec_of, load_model
 from vlm_adapt.vision.hf_positions import interpolate_positions
 from vlm_adapt.vision.hf_sam import SamTower
-from vlm_adapt.vision.loading import Source
 from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms, taken
 
 Grid = tuple[int, int]

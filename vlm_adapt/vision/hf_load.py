@@ -28,7 +28,8 @@ from vlm_adapt.image_spec import (
     IMAGENET_STD,
     ImageSpec,
 )
-from vlm_adapt.vision.loading import Source, complain, note_left_out, read_state, unreachable
+from vlm_adapt.tensor_files import Source, read_state
+from vlm_adapt.vision.loading import complain, note_left_out, unreachable
 
 # Weights of a checkpoint that a tower of patch features has no use for.
 LEFT_OUT = (

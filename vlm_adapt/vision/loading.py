@@ -1,97 +1,17 @@
-"""Where a tower's weights come from, and strict loading of a file into a module.
+"""Strict loading of a file's tensors into a tower, and what is said when they do not fit.
 
-Knows `hub:`, `file:` and `random:` and safetensors; knows nothing about any architecture, nor how a
-`package:` is fetched (the caller turns that into a `file:`).
+Knows names and shapes; where the file comes from is tensor_files.py's. Knows nothing about any architecture.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vlm_adapt.errors import UserError
-
-
-@dataclass(frozen=True)
-class Source:
-    """A parsed weight source: `kind` is hub, file or random; `value` is what followed the colon."""
-
-    kind: str
-    value: str = ""
-
-    @property
-    def path(self) -> Path:
-        """The file or folder of a `file:` source."""
-        return Path(self.value).expanduser()
-
-
-def parse_source(weights: str) -> Source:
-    """`hub:TAG`, `file:PATH` or `random:SEED` as a Source.
-
-    Raises:
-        UserError: another kind, a file that is not there, or a seed that is not a number.
-    """
-    kind, colon, value = weights.partition(":")
-    if not colon or kind not in ("hub", "file", "random"):
-        raise UserError(
-            f"unknown weight source '{weights}' for a vision tower: "
-            f"say hub:, hub:TAG, file:PATH, random: or random:SEED"
-        )
-    source = Source(kind, value)
-    if kind == "file" and not (value and source.path.exists()):
-        raise UserError(f"the weight file '{value}' does not exist: check the path after 'file:'")
-    if kind == "random" and value and not value.isdigit():
-        raise UserError(f"'{weights}' needs a whole number after 'random:', or nothing")
-    return source
-
-
-@contextlib.contextmanager
-def seeded(source: Source) -> Iterator[None]:
-    """Draw from the seed of `random:SEED` inside, and leave the caller's generator untouched."""
-    if source.kind != "random" or not source.value:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(source.value))
-        yield
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of the one weight file in a folder.
-
-    Raises:
-        UserError: no weight file, several of them, or one that cannot be read as plain tensors.
-    """
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.bin"), *path.glob("*.pt")])
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
-            raise UserError(f"the folder '{path}' should hold one weight file and has {names}: name the file")
-        path = found[0]
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, ImportError) as error:
-        raise UserError(
-            f"'{path}' is no readable weight file ({_first_line(error)}): fetch it again"
-        ) from error
-    except Exception as error:  # pickle.UnpicklingError and what it wraps: never load such a file in full
-        raise UserError(
-            f"'{path}' holds more than plain tensors and is not loaded: convert it to safetensors"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"'{path}' is no dictionary of tensors: save the model's state_dict as safetensors")
-    return state
+from vlm_adapt.tensor_files import first_line
 
 
 def load_strictly(
@@ -143,7 +63,7 @@ def complain(
 def unreachable(model: str, error: BaseException) -> UserError:
     """What to say when a library could not get `model` from its hub."""
     return UserError(
-        f"cannot get the weights of '{model}' ({_first_line(error)}): check the name and the connection, "
+        f"cannot get the weights of '{model}' ({first_line(error)}): check the name and the connection, "
         f"or give weights: file:PATH, a local folder as the model, or weights: random: for a test"
     )
 
@@ -160,8 +80,3 @@ def note_left_out(where: str, names: list[str]) -> list[str]:
 def _some(names: list[str], limit: int = 8) -> str:
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".:")

@@ -19,7 +19,8 @@ from torch.nn import functional
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import HALF_MEAN, HALF_STD, ImageSpec, Native
-from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state
+from vlm_adapt.tensor_files import Source, read_state
+from vlm_adapt.vision.loading import load_strictly, note_left_out
 from vlm_adapt.vision.navit_positions import FactorisedPositions
 from vlm_adapt.vision.navit_tower import NativeTower, padded
 from vlm_adapt.vision.packing import Layout, Packed, attend

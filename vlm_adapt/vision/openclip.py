@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
-from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
+from vlm_adapt.tensor_files import Source, read_state
+from vlm_adapt.vision.loading import load_strictly, note_left_out, unreachable
 from vlm_adapt.vision.timm import TimmTower
 from vlm_adapt.vision.tower import Tower, check_image_size, taken
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vlm_adapt.choices import nearest
 from vlm_adapt.errors import UserError
 from vlm_adapt.image_spec import ImageSpec
-from vlm_adapt.vision.loading import Source, load_strictly, note_left_out, read_state, unreachable
+from vlm_adapt.tensor_files import Source, read_state
+from vlm_adapt.vision.loading import load_strictly, note_left_out, unreachable
 from vlm_adapt.vision.strides import set_last_stride
 from vlm_adapt.vision.tower import Tower, check_image_size, mend_batch_norms, taken
 from vlm_adapt.vision.windows import fit_windows as fit_windows_of
